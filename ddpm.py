@@ -1,0 +1,594 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "pillow>=10.1"]
+# ///
+"""Denoising diffusion probabilistic models in one file, to be read from top to bottom.
+
+    python ddpm.py train                    learn to draw MNIST digits: ten minutes on a laptop
+    python ddpm.py sample --digit 5 --gif   draw a five, and the film of how it comes out of noise
+    python ddpm.py forward --gif            see digits turn into noise: what a schedule does
+
+The idea: mix a picture x0 with Gaussian noise eps, x_t = signal_rate·x0 + noise_rate·eps, a little
+at t = 1, wholly at t = T (section 2). Train a net to tell the two apart again (3, 4). Then start
+from pure noise and go from T down to 0, each step towards what the net takes x0 to be (5).
+
+Papers: DDPM, Ho et al. 2020 (both Algorithms). DDIM, Song et al. 2021. DPM-Solver++, Lu et al. 2022.
+Cosine schedule, Nichol & Dhariwal 2021; sigmoid, Jabri et al. 2022. Predicting v, Salimans & Ho 2022.
+Classifier-free guidance, Ho & Salimans 2022. Left out, for each costs a reader more than it gives:
+learned variances (eta does their work), latent space (digits are small), text (ten words), distillation.
+"""
+import argparse, contextlib, copy, inspect, io, math, os, shutil, signal, sys
+from functools import partial
+from itertools import pairwise, product
+from pathlib import Path
+from time import monotonic
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torchvision import datasets
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
+
+NULL = -1  # the label that says "no label": the last row of the class embedding
+
+class Mistake(Exception):
+    """An error of the user, which `main` prints as one line."""
+
+def require(condition, message):
+    """Raise Mistake with the message unless the condition holds."""
+    if not condition:
+        raise Mistake(message)
+
+# ---- 2. The forward process: from picture to noise -----------------------------------------------
+# alpha_bar[t] says how much picture is left: all at t = 0, so that no sampler has a last special case.
+
+def linear_betas(T):
+    """β from 1e-4 to 0.02 (Ho et al. 2020, sec. 4), times 1000/T so that any T ends in noise."""
+    return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
+
+def cosine_betas(T, s=0.008):
+    """ᾱ(u) ∝ cos²(π/2·(u+s)/(1+s)), u = t/T (Nichol & Dhariwal 2021, eq. 17)."""
+    u = torch.linspace(0, 1, T + 1, dtype=torch.float64)
+    alpha_bar = torch.cos(math.pi / 2 * (u + s) / (1 + s)) ** 2
+    return 1 - alpha_bar[1:] / alpha_bar[:-1]
+
+def sigmoid_betas(T, start=-3, end=3):
+    """ᾱ(u) ∝ sigmoid(end) - sigmoid(start + u·(end-start)), u = t/T (Jabri et al. 2022, alg. 1)."""
+    u = torch.linspace(start, end, T + 1, dtype=torch.float64)
+    alpha_bar = u[-1].sigmoid() - u.sigmoid()
+    return 1 - alpha_bar[1:] / alpha_bar[:-1]
+
+SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas, "sigmoid": sigmoid_betas}
+
+def noise_schedule(schedule, T):
+    """ᾱ_t = (1-β_1)..(1-β_t), β ≤ 0.999 (Ho et al. 2020, eq. 4), for t = 0..T: (T+1,), ᾱ_0 = 1.
+    float64 and on the CPU: MPS has no float64, and 1-ᾱ_1 would lose its digits in float32."""
+    betas = SCHEDULES[schedule](T).clamp(max=0.999)
+    return torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
+
+def rates(alpha_bar, t, x):
+    """signal_rate √ᾱ_t, noise_rate √(1-ᾱ_t) at t (B,), on the CPU: both (B,1,1,1), on x's device."""
+    alpha_bar_t = alpha_bar[t].view(-1, 1, 1, 1)
+    return alpha_bar_t.sqrt().float().to(x.device), (1 - alpha_bar_t).sqrt().float().to(x.device)
+
+def q_sample(x0, t, eps, alpha_bar):
+    """x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·eps (Ho et al. 2020, eq. 4): t steps of noise at once.
+    x0 (B,C,H,W) in [-1,1], eps like it; t (B,) int64 on the CPU, in 0..T, where 0 gives x0 back."""
+    signal_rate, noise_rate = rates(alpha_bar, t, x0)
+    return signal_rate * x0 + noise_rate * eps
+
+# ---- 3. Algorithm 1: the loss --------------------------------------------------------------------
+# Given x_t, any one of eps, v and x0 tells the others; v does so at every t, pure noise included.
+
+LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
+
+def target(predict, x0, eps, signal_rate, noise_rate):
+    """What the net is to say: eps, x0, or v = √ᾱ·eps - √(1-ᾱ)·x0 (Salimans & Ho 2022, app. D)."""
+    return {"eps": eps, "v": signal_rate * eps - noise_rate * x0, "x0": x0}[predict]
+
+def x0_from(predict, out, x, signal_rate, noise_rate):
+    """`target` solved for x0: the picture that the net's answer `out` to x = x_t stands for."""
+    return {"eps": (x - noise_rate * out) / signal_rate,
+            "v": signal_rate * x - noise_rate * out, "x0": out}[predict]
+
+def diffusion_loss(net, x0, y, t, eps, alpha_bar, predict="v", loss="huber"):
+    """E ‖target - net(x_t, t, y)‖ (Ho et al. 2020, alg. 1; eq. 14 is eps with l2): a scalar.
+    x0, eps (B,C,H,W); y (B,) labels or NULL; t (B,) int64 on the CPU, in 1..T."""
+    out = net(q_sample(x0, t, eps, alpha_bar), t.to(x0.device), y)
+    return LOSSES[loss](out, target(predict, x0, eps, *rates(alpha_bar, t, x0)))
+
+def stream(seed, i):
+    """The i-th random stream of a seed: a CPU generator, for the same numbers on every device.
+    torch heeds 32 bits of a seed; the factor keeps neighbouring seeds from sharing streams."""
+    return torch.Generator().manual_seed((seed * 2654435761 + i) % 2**32)
+
+def training_batch(images, labels, step, *, batch_size, T, label_drop, seed):
+    """All that is random in one step, drawn from (seed, step) alone, so that resuming is exact.
+    images uint8 (N,C,H,W), labels (N,) -> x0 in [-1,1], y (B,), t (B,) in 1..T, eps like x0."""
+    B, random = batch_size, stream(seed, step)
+    index = torch.randint(len(images), (B,), generator=random).to(images.device)
+    u = (torch.arange(B) + torch.rand(B, generator=random, dtype=torch.float64)) / B
+    t = 1 + (u * T).long().clamp(max=T - 1)          # one t from each B-th of 1..T: a steadier loss
+    drop = torch.rand(B, generator=random) < label_drop       # each by itself, for guidance (sec. 5)
+    x0, y = images[index] / 127.5 - 1, labels[index].masked_fill(drop.to(labels.device), NULL)
+    return x0, y, t, torch.randn(x0.shape, generator=random).to(x0.device)
+
+# ---- 4. The U-Net --------------------------------------------------------------------------------
+# Down and up again, with skips. It is quick as 2x2 pixels become one place: maps of 14x14 and 7x7.
+
+def time_embedding(t, dim):
+    """[sin(t·f), cos(t·f)] for dim/2 frequencies f from 1 to 1e-4 (Vaswani et al. 2017): (B,dim)."""
+    f = torch.logspace(0, -4, dim // 2, device=t.device)
+    return torch.cat([torch.sin(t[:, None] * f), torch.cos(t[:, None] * f)], dim=1)
+
+def zero(layer):
+    """Set a layer to zero, so that its branch is silent at first, and return it."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+class ResBlock(nn.Module):
+    """x + two convolutions; time and label come in as scale and shift behind the second norm."""
+    def __init__(self, c_in, c_out, c_emb):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.emb = nn.Linear(c_emb, 2 * c_out)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):
+        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+        return self.skip(x) + h
+
+class Attention(nn.Module):
+    """x + softmax(q·k/√d)·v between all places of the map, so that far strokes agree."""
+    def __init__(self, c, heads=4):
+        super().__init__()
+        self.heads, self.norm = heads, nn.GroupNorm(8, c)
+        self.qkv, self.out = nn.Conv2d(c, 3 * c, 1), zero(nn.Conv2d(c, c, 1))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W)
+        h = F.scaled_dot_product_attention(*qkv.transpose(-1, -2).unbind(1))
+        return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))     # from (B, heads, HW, C/heads)
+
+class UNet(nn.Module):
+    """net(x, t, y) is eps, v or x0, shaped like x (B,channels,size,size); t (B,) in 1..T; y (B,) in
+    0..classes-1 or NULL (with no classes always NULL). Raises Mistake."""
+    def __init__(self, size=28, channels=1, classes=10, width=48):
+        super().__init__()
+        require(size % 4 == 0, f"the net takes squares with a side divisible by 4, not {size}")
+        require(width % 8 == 0, f"--width {width}: it has to be divisible by 8")
+        w, emb = width, 4 * width
+        self.time = nn.Sequential(nn.Linear(w, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.label = nn.Embedding(classes + 1, emb)
+        self.stem, self.down1 = nn.Conv2d(4 * channels, w, 3, padding=1), ResBlock(w, w, emb)
+        self.shrink, self.down2 = nn.Conv2d(w, 2 * w, 3, 2, padding=1), ResBlock(2 * w, 2 * w, emb)
+        self.attention, self.middle = Attention(2 * w), ResBlock(2 * w, 2 * w, emb)
+        self.up2, self.up1 = ResBlock(4 * w, 2 * w, emb), ResBlock(3 * w, w, emb)
+        self.norm, self.unfold = nn.GroupNorm(8, w), nn.Conv2d(w, 4 * 8, 3, padding=1)
+        self.last = zero(nn.Conv2d(8 + channels, channels, 3, padding=1))
+
+    def forward(self, x, t, y):
+        emb = self.time(time_embedding(t, self.time[0].in_features))
+        emb = F.silu(emb + self.label.weight[y])                         # (B, 4w)
+        h1 = self.down1(self.stem(F.pixel_unshuffle(x, 2)), emb)         # (B, w, size/2, size/2)
+        h2 = self.down2(self.shrink(h1), emb)                            # (B, 2w, size/4, size/4)
+        h = self.middle(self.attention(h2), emb)
+        h = self.up2(torch.cat([h, h2], dim=1), emb)
+        h = F.interpolate(h, scale_factor=2)                             # (B, 2w, size/2, size/2)
+        h = self.up1(torch.cat([h, h1], dim=1), emb)                     # (B, w, size/2, size/2)
+        h = F.pixel_shuffle(self.unfold(F.silu(self.norm(h))), 2)        # (B, 8, size, size)
+        return self.last(torch.cat([h, x], dim=1))                       # (B, channels, size, size)
+
+# ---- 5. Algorithm 2: sampling --------------------------------------------------------------------
+# One loop for all: guess the picture, take a step towards the guess, and look again from there.
+
+SAMPLERS = {"ddpm": (1, 1.0, 1000), "ddim": (1, 0.0, 50), "dpm": (2, 0.0, 20)}  # order, eta, steps
+
+def predict_x0(net, x, t, *, y, alpha_bar, predict, guidance=1.0):
+    """x0_hat in [-1,1] from x_t (B,C,H,W) at one t in 1..T. Guidance w (Ho & Salimans 2022, eq. 6):
+    out_NULL + w·(out_y - out_NULL), so 0 ignores the label, 1 heeds it, more overdoes it."""
+    times = torch.full((len(x),), t)
+    out = net(x, times.to(x.device), y if guidance else torch.full_like(y, NULL))
+    if guidance not in (0, 1):
+        out_null = net(x, times.to(x.device), torch.full_like(y, NULL))
+        out = out_null + guidance * (out - out_null)
+    return x0_from(predict, out, x, *rates(alpha_bar, times, x)).clamp(-1, 1)
+
+def ddim_step(x, x0_hat, alpha_bar_t, alpha_bar_next, eta=0.0, noise=0.0):
+    """x_next = √ᾱ_next·x0_hat + √(1-ᾱ_next-σ²)·eps_hat + σ·noise (Song et al. 2021, eq. 12), where
+    σ² = η²·(1-ᾱ_next)/(1-ᾱ_t)·(1-ᾱ_t/ᾱ_next) (eq. 16): η = 0 is deterministic, η = 1 is DDPM, for
+    σ² is then the variance of q(x_next | x_t, x0) (Ho et al. 2020, eq. 7). eps_hat is derived from
+    the clipped x0_hat: near t = T the net's own word could stand for an x0 of thousands."""
+    eps_hat = (x - alpha_bar_t ** 0.5 * x0_hat) / (1 - alpha_bar_t) ** 0.5
+    share = (1 - alpha_bar_next) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_next)
+    direction = (1 - alpha_bar_next - eta ** 2 * share) ** 0.5 * eps_hat
+    return alpha_bar_next ** 0.5 * x0_hat + direction + eta * share ** 0.5 * noise
+
+def gaussian(shape, generators, device="cpu"):
+    """Noise (B,*shape), each picture's from its own generator: none depends on its neighbours."""
+    return torch.stack([torch.randn(shape, generator=random) for random in generators]).to(device)
+
+def timesteps(start, steps):
+    """start = t_0 > .. > t_steps = 0, evenly spaced whole numbers, for steps in 1..start: a list."""
+    return [start * (steps - i) // steps for i in range(steps + 1)]
+
+@torch.no_grad()
+def denoise(x0_at, x, ts, alpha_bar, generators, sampler="dpm", eta=None):
+    """Algorithm 2 (Ho et al. 2020): yield x (B,C,H,W) at each t of the falling list ts, first as given.
+    x0_at(x, t) is x0_hat; eta overrules the sampler's. Order 2 is DPM-Solver++(2M) (Lu et al. 2022,
+    alg. 2): DDIM that aims where x0_hat is heading, x0_hat + h/(2·h_past)·(x0_hat - x0_past), with
+    h the step in λ = log(√ᾱ/√(1-ᾱ))."""
+    (order, own_eta, _), lam, x0_past = SAMPLERS[sampler], alpha_bar.logit() / 2, None
+    eta = own_eta if eta is None else eta
+    yield x
+    for t, t_next in pairwise(ts):
+        x0_hat, h = x0_at(x, t), (lam[t_next] - lam[t]).item()
+        aim = x0_hat
+        if order == 2 and x0_past is not None and t_next > 0:            # λ is infinite at t = 0
+            aim = x0_hat + h / (2 * h_past) * (x0_hat - x0_past)
+        noise = gaussian(x.shape[1:], generators, x.device) if eta else 0.0
+        x = ddim_step(x, aim, alpha_bar[t].item(), alpha_bar[t_next].item(), eta, noise)
+        x0_past, h_past = x0_hat, h
+        yield x
+
+def draw(net, config, y, *, sampler="dpm", steps=None, eta=None, guidance=1.5, seed=0, frames=1):
+    """Draw a picture for each label of y (n,), 250 at a time: uint8 (frames, n, C, H, W), the last
+    frame being the sample, the others evenly on the way. Picture i depends on (seed, i, y[i])."""
+    T, shape = config["T"], [config["channels"], config["size"], config["size"]]
+    steps = steps or min(T, SAMPLERS[sampler][2])
+    require(steps <= T, f"--steps {steps}: this net knows T = {T} steps")
+    require(eta is None or sampler == "ddim", f"--eta is for --sampler ddim, {sampler} has its own")
+    alpha_bar, device, began = noise_schedule(config["schedule"], T), net.stem.weight.device, monotonic()
+    kept, films = {steps - steps * i // frames for i in range(frames)}, []
+    for first in range(0, len(y), 250):
+        labels, film = y[first:first + 250].to(device), []
+        generators = [stream(seed, first + i) for i in range(len(labels))]
+        x0_at = partial(predict_x0, net, y=labels, alpha_bar=alpha_bar, predict=config["predict"],
+                        guidance=guidance if config["classes"] else 0)
+        states = denoise(x0_at, gaussian(shape, generators, device), timesteps(T, steps), alpha_bar,
+                         generators, sampler, eta)
+        for i, x in enumerate(states):
+            film += [to_uint8(x).cpu()] if i in kept else []
+            drawn = first + len(labels) * i / steps
+            status(drawn / len(y), began, f"{drawn:,.0f} of {len(y):,} pictures drawn")
+        films.append(torch.stack(film))
+    return torch.cat(films, dim=1)
+
+# ---- 6. Pictures ---------------------------------------------------------------------------------
+# What people look at, and what they look at while they wait.
+
+def to_uint8(x):
+    """[-1,1] -> 0..255, rounded; what lies outside is cut."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
+
+def write(path, save, **options):
+    """Write a file whole or not at all: save(file, **options) beside it, to disk, into its place."""
+    path, part = Path(path), Path(f"{path}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(part, "wb") as file:
+        save(file, **options)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+def grid(images, columns):
+    """Lay pictures uint8 (n,C,H,W) out in rows: a PIL image, enlarged by a whole factor."""
+    sheet = to_pil_image(make_grid(images, nrow=columns)[:images.shape[1]])  # it turns grey to RGB
+    factor = min(8, max(2, 640 // max(sheet.size)))
+    return sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)
+
+def save_gif(path, frames, ms=80, hold=2000):
+    """Write PIL images as a GIF that loops: ms (a multiple of 10) each, the last one held longer."""
+    durations = [ms] * (len(frames) - 1) + [hold]    # Pillow merges equal frames and adds their times
+    write(path, frames[0].save, format="GIF", save_all=True, append_images=frames[1:], loop=0,
+          duration=durations)
+
+def write_pictures(out, images, columns, film=()):
+    """Write pictures uint8 (n,C,H,W) as a PNG grid and, if given, frames of them as the GIF beside it."""
+    write(out, grid(images, columns).save, format="PNG")
+    print(out)
+    if len(film):
+        save_gif(Path(out).with_suffix(".gif"), [grid(frame, columns) for frame in film])
+        print(Path(out).with_suffix(".gif"))
+
+def draw_curve(losses):
+    """Draw the loss over the steps on a log scale, each pixel the mean of its steps: a PIL image."""
+    parts = torch.tensor(losses).tensor_split(min(640, len(losses)))
+    logs = torch.stack([part.mean() for part in parts]).log()
+    low, high = logs.min().item(), logs.max().item()
+    image = Image.new("L", (640, 360), 255)
+    heights = 340 - 300 * (logs - low) / max(high - low, 1e-9)
+    ImageDraw.Draw(image).line(list(enumerate(heights.tolist())), fill=0, width=2)
+    text = f"loss, log scale: {math.exp(low):.3g} .. {math.exp(high):.3g} over {len(losses):,} steps"
+    ImageDraw.Draw(image).text((200, 10), text, fill=0, font=ImageFont.load_default(14))
+    return image
+
+def status(done, began, text):
+    """Show a text and the time left on stderr, at a share done in 0..1 of what began at that time: a
+    line that is redrawn in a terminal, and blank at last; a new line every ten seconds elsewhere."""
+    terminal, left = sys.stderr.isatty(), (monotonic() - began) * (1 - done) / max(done, 1e-9)
+    if monotonic() - max(began, status.shown) > (0.3 if terminal else 10) or terminal and done == 1:
+        status.shown, width = monotonic(), shutil.get_terminal_size().columns - 1
+        line = f"{text} · {left // 60:.0f}:{left % 60:02.0f} left" if done < 1 else ""
+        print(f"{line[:width]:{width}}\r" if terminal else f"{line}\n", end="", file=sys.stderr)
+
+status.shown = 0.0
+
+# ---- 7. Data -------------------------------------------------------------------------------------
+# A data set is one uint8 tensor in memory: no loader, no workers, no waiting.
+
+def glyphs(root=None, train=True, download=False):
+    """Digits in Pillow's own font, in many weights, sizes, places, turns and slants; no download.
+    As torchvision's sets: data uint8 (n,28,28), targets, classes; n = 10,000 to train on, or 1,000."""
+    n, random, shapes = 10_000 if train else 1_000, stream(0, int(train)), []
+    for digit, weight in product("0123456789", range(4)):
+        canvas, font = Image.new("L", (56, 56)), ImageFont.load_default(36)
+        ImageDraw.Draw(canvas).text((28, 28), digit, 255, font, anchor="mm", stroke_width=weight)
+        shapes.append(pil_to_tensor(canvas).float())
+    picks = torch.randint(len(shapes), (n,), generator=random)
+    size, slant, turn, right, down = torch.rand(5, n, generator=random) * 2 - 1
+    size, turn = 1 + 0.2 * size, 0.15 * turn         # affine: where in the shape a pixel comes from
+    affine = [size * turn.cos(), size * turn.sin() + 0.3 * slant, 0.15 * right,
+              size * -turn.sin(), size * turn.cos(), 0.15 * down]
+    places = F.affine_grid(torch.stack(affine, 1).view(n, 2, 3), [n, 1, 28, 28], align_corners=False)
+    data = F.grid_sample(torch.stack(shapes)[picks], places, align_corners=False)[:, 0]
+    return SimpleNamespace(data=data.round().byte(), targets=picks // 4, classes=list("0123456789"))
+
+DATASETS = {"mnist": datasets.MNIST, "glyphs": glyphs}
+
+def load_data(dataset, data="data", train=True):
+    """Load a data set; what is not in the folder `data` is downloaded into it. Raises OSError.
+    Returns images uint8 (N,C,H,W), labels int64 (N,), the names of the classes."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):                  # it tells of each mirror
+            found = DATASETS[dataset](data, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{dataset} is not in {Path(data).resolve()} and can't be downloaded there "
+                      f"({error}): point --data to it, or try --dataset glyphs") from None
+    images, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets)
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+    return images, labels, [name.split(" - ")[0].lower() for name in found.classes]
+
+# ---- 8. Checkpoints ------------------------------------------------------------------------------
+# Tensors, numbers and strings only, so loading runs no code; of random state (seed, step) is all.
+
+FORMAT = "ddpm.py checkpoint 1"
+FIXED = ("dataset", "channels", "size", "classes", "cond", "T", "schedule", "predict", "width")
+
+def build(config):
+    """The net that a config describes, untrained."""
+    return UNet(config["size"], config["channels"], len(config["classes"]), config["width"])
+
+def load(path):
+    """Read a checkpoint: {format, config, step, seconds, log, net, ema, optimizer}. Raises Mistake."""
+    require(Path(path).is_file(), f"there is no checkpoint {path}: `ddpm.py train` makes one")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:                                # torch.load has a dozen ways to refuse a file
+        checkpoint = None
+    require(isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT,
+            f"{path} is not a checkpoint of this program, or not a whole one")
+    return checkpoint
+
+def load_net(ckpt=None, device=None):
+    """The averaged net of a checkpoint, by default of the newest run: (net, config). Raises Mistake."""
+    runs = sorted(Path("runs").glob("*/ddpm.pt"), key=os.path.getmtime)
+    path, device = ckpt or (runs[-1] if runs else "runs/mnist/ddpm.pt"), pick_device(device)
+    checkpoint = load(path)
+    net, config = build(checkpoint["config"]), checkpoint["config"]
+    net.load_state_dict(checkpoint["ema"])
+    print(f"net: {path} ({config['dataset']}, {checkpoint['step']:,} steps)")
+    return net.to(device), config
+
+def pick_device(name=None):
+    """The torch device of that name, by default CUDA, else MPS, else the CPU. Raises Mistake."""
+    mps = torch.backends.mps.is_available()
+    best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        return torch.ones(1, device=name or best).cpu().to(name or best).device
+    except Exception:                                # each kind of device is missing in its own way
+        raise Mistake(f"there is no device {name} here, take --device {best}") from None
+
+# ---- 9. Training ---------------------------------------------------------------------------------
+# Algorithm 1 until the budget is spent. What samples is an average of the weights over many steps.
+
+@torch.no_grad()
+def update_average(averaged, net, step, ema):
+    """averaged += (1-d)·(net - averaged), d = min(ema, (1+step)/(10+step)): without this warm-up of
+    d the untrained weights, from which the average starts, would stay in it for long."""
+    decay = min(ema, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), 1 - decay)
+
+def save_run(out, checkpoint, net):
+    """Write ddpm.pt, log.csv, loss.png and samples-STEP.png: five rows, always of the same noise."""
+    log, config, step = checkpoint["log"], checkpoint["config"], checkpoint["step"]
+    rows = ["step,seconds,loss,lr,images/s"] + [",".join(map(str, row)) for row in log]
+    y = torch.arange(len(config["classes"]) or 10).repeat(5)
+    sheet = grid(draw(net, config, y)[-1], len(y) // 5)
+    write(out / "ddpm.pt", partial(torch.save, checkpoint))
+    write(out / "log.csv", lambda file: file.write("\n".join(rows + [""]).encode()))
+    write(out / "loss.png", draw_curve([row[2] for row in log] or [1]).save, format="PNG")
+    write(out / f"samples-{step:06}.png", sheet.save, format="PNG")
+    print(f"step {step:,}: {out}/ddpm.pt, log.csv, loss.png, samples-{step:06}.png", flush=True)
+
+def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedule="cosine",
+          predict="v", loss="huber", cond="class", width=48, epochs=None, steps=None, minutes=None,
+          batch_size=32, lr=2e-3, ema=0.999, label_drop=0.1, grad_clip=1.0, seed=0, resume=None):
+    """Train a net: by default ten minutes, on MNIST, to draw the digit that it is asked for.
+
+    Writes ddpm.pt, log.csv, loss.png and samples-STEP.png (one an epoch, else ten in all) into the
+    folder out. The budget is epochs, steps or minutes; the learning rate falls to 0 over it. resume
+    is a checkpoint, as from `load`, to go on from. Returns the exit status."""
+    config = {k: v for k, v in locals().items() if k not in ("out", "device", "resume")}
+    device, out = pick_device(device), Path(out or Path("runs", dataset))
+    require((epochs, steps, minutes).count(None) > 1, "give one of --epochs, --steps and --minutes")
+    require(resume or not (out / "ddpm.pt").exists(),
+            f"{out}/ddpm.pt exists: --resume goes on with it, --out names another folder")
+    images, labels, classes = load_data(dataset, data)
+    config |= {"channels": images.shape[1], "size": images.shape[2],
+               "classes": classes if cond == "class" else []}
+    for key in FIXED if resume else ():
+        require(config[key] == resume["config"][key],
+                f"{key} is {resume['config'][key]} in {out}/ddpm.pt, it can't become {config[key]}")
+    torch.manual_seed(seed)
+    net = build(config).to(device)
+    averaged, step, log, began = copy.deepcopy(net), 0, [], monotonic()
+    optimizer = torch.optim.AdamW(net.parameters(), lr, fused=device.type != "mps")
+    parts = {"net": net, "ema": averaged, "optimizer": optimizer}
+    if resume:
+        step, log, began = resume["step"], resume["log"], monotonic() - resume["seconds"]
+        for name, part in parts.items():
+            part.load_state_dict(resume[name])
+    images, labels, alpha_bar = images.to(device), labels.to(device), noise_schedule(schedule, T)
+    total, marks = steps or (epochs or 0) * math.ceil(len(images) / batch_size), epochs or 10
+    print(f"{sum(p.numel() for p in net.parameters()):,} weights learn {len(images):,} pictures of "
+          f"{dataset} on {device}")
+    mark, ended = None, []
+
+    def end(number, frame):
+        ended.append(number)
+        signal.signal(number, signal.SIG_DFL)        # a second Ctrl-C ends at once
+    handlers = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    while True:
+        seconds = monotonic() - began
+        done = min(1, step / total if total else seconds / 60 / (minutes or 10))
+        mark, last_mark = int(done * marks + 1e-6), mark
+        if ended or done == 1 or last_mark not in (None, mark):
+            status(1, began, "")
+            state = {name: part.state_dict() for name, part in parts.items()}
+            save_run(out, {"format": FORMAT, "config": config, "step": step, "seconds": seconds,
+                           "log": log, **state}, averaged)
+        if ended or done == 1:
+            break
+        x0, y, t, eps = training_batch(images, labels, step, batch_size=batch_size, T=T, seed=seed,
+                                       label_drop=label_drop if config["classes"] else 1)
+        value = diffusion_loss(net, x0, y, t, eps, alpha_bar, predict, loss)
+        optimizer.zero_grad()
+        value.backward()
+        if grad_clip:
+            nn.utils.clip_grad_norm_(net.parameters(), grad_clip)
+        rate = optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 - done)
+        optimizer.step()
+        update_average(averaged, net, step, ema)
+        step, value, speed = step + 1, value.item(), batch_size / (monotonic() - began - seconds)
+        require(math.isfinite(value), f"the loss is {value} at step {step}: lower --lr and --resume")
+        log.append((step, round(seconds, 3), value, rate, round(speed)))
+        status(done, began, f"step {step:,} · loss {value:.4f} · {speed:,.0f} images/s")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if ended:
+        print(f"stopped; everything is saved, go on by: python ddpm.py train --resume --out {out}")
+    return 128 + ended[0] if ended else 0
+
+# ---- 11. The command line ------------------------------------------------------------------------
+# A command is a function; its flags are the function's arguments, their defaults stand there.
+
+def sample(*, ckpt=None, digit=None, n=None, out="samples.png", gif=False, raw=None, sampler="dpm",
+           steps=None, eta=None, guidance=1.5, seed=0, device=None):
+    """Draw pictures with a trained net: a PNG, and on demand a GIF of how they come out of noise."""
+    net, config = load_net(ckpt, device)
+    names = config["classes"]
+    for name in digit or ():
+        require(names, f"--digit {name}: this net learnt no labels (--cond none)")
+        require(name in names, f"--digit {name}: this net knows {', '.join(names)}")
+    row = [names.index(name) for name in digit or names] or [NULL] * 10
+    y = torch.tensor(row * (n or (1 if digit else 10)))
+    film = draw(net, config, y, sampler=sampler, steps=steps, eta=eta, guidance=guidance, seed=seed,
+                frames=40 if gif else 1)
+    write_pictures(out, film[-1], len(row), film if gif else ())
+    if raw:
+        write(raw, partial(torch.save, {"images": film[-1], "labels": y}))
+        print(raw)
+
+def forward(*, dataset="mnist", data="data", schedule="cosine", T=1000, out="forward.png", gif=False,
+            seed=0):
+    """Draw pictures on their way to noise: a row for each class, columns at t = 0, T/10 .. T."""
+    images, labels, classes = load_data(dataset, data)
+    x0 = images[[labels.tolist().index(k) for k in range(len(classes))]] / 127.5 - 1
+    eps, alpha_bar = torch.randn(x0.shape, generator=stream(seed, 0)), noise_schedule(schedule, T)
+    film = [to_uint8(q_sample(x0, torch.tensor([T * i // 40]), eps, alpha_bar)) for i in range(41)]
+    rows = torch.stack(film[::4], dim=1).flatten(0, 1)                   # (K·11, C, H, W)
+    write_pictures(out, rows, 11, film if gif else ())
+
+def between(kind, least, most):
+    """An argparse type: a number of that kind in least..most."""
+    def number(text):
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not in {least}..{most}")
+        return kind(text)
+    return number
+
+FLAGS = {
+    "--dataset": dict(choices=DATASETS, help="what to learn to draw; glyphs needs no download"),
+    "--data": dict(help="folder of the data sets"),
+    "--out": dict(help="train: folder of the run (runs/DATASET); else the PNG to write"),
+    "--resume": dict(action="store_true", help="go on with the run in --out, with its own flags"),
+    "--device": dict(help="cpu, cuda, cuda:1, mps (the best there is)"),
+    "--T": dict(type=between(int, 2, 100_000), help="number of noise steps"),
+    "--schedule": dict(choices=SCHEDULES, help="how the noise grows over them"),
+    "--predict": dict(choices=["eps", "v", "x0"], help="what the net answers"),
+    "--loss": dict(choices=LOSSES, help="how its error is measured"),
+    "--cond": dict(choices=["class", "none"], help="whether it learns the labels"),
+    "--width": dict(type=between(int, 8, 1024), help="channels of its finest maps, divisible by 8"),
+    "--epochs": dict(type=between(int, 1, 10**6), help="train for so many times the data set"),
+    "--minutes": dict(type=between(float, 0.01, 10**6), help="train for so many minutes (10)"),
+    "--steps": dict(type=between(int, 1, 10**9), help="train: updates; sample: steps from T to 0"),
+    "--batch-size": dict(type=between(int, 1, 10**6), help="pictures an update"),
+    "--lr": dict(type=between(float, 1e-9, 10), help="learning rate at its highest"),
+    "--ema": dict(type=between(float, 0, 0.999999), help="decay of the averaged weights"),
+    "--label-drop": dict(type=between(float, 0, 1), help="share of labels hidden, for --guidance"),
+    "--grad-clip": dict(type=between(float, 0, 1e9), help="longest gradient, 0 for any"),
+    "--ckpt": dict(help="checkpoint to draw with (the newest run's)"),
+    "--digit": dict(nargs="+", help="digits of a row, in order (all)"),
+    "--n": dict(type=between(int, 1, 10**6), help="number of rows (10; 1 with --digit)"),
+    "--gif": dict(action="store_true", help="write a GIF too, beside the PNG"),
+    "--raw": dict(help=".pt to write images uint8 (n,C,H,W) and labels (-1: none) to"),
+    "--sampler": dict(choices=SAMPLERS, help="of Ho et al., DDIM, or DPM-Solver++(2M)"),
+    "--eta": dict(type=between(float, 0, 1), help="noise of ddim: 1 is ddpm (0)"),
+    "--guidance": dict(type=between(float, 0, 100), help="0 ignores labels, more overdoes them"),
+    "--seed": dict(type=between(int, 0, 2**32 - 1), help="of all that is random")}
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors take one line."""
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+def main(argv=None):
+    """Run a command line. Returns the exit status: 2 for the user's mistake, 1 for the world's."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for function in (train, sample, forward):
+        command = commands.add_parser(function.__name__, help=function.__doc__.split("\n")[0],
+                                      argument_default=argparse.SUPPRESS, description=function.__doc__)
+        command.set_defaults(function=function)
+        for name, parameter in inspect.signature(function).parameters.items():
+            flag, default = "--" + name.replace("_", "-"), parameter.default
+            text = FLAGS[flag]["help"] + (f" ({default})" if default or default == 0 else "")
+            command.add_argument(flag, **FLAGS[flag] | {"help": text})
+    given = vars(parser.parse_args(argv))
+    function = given.pop("function")
+    try:
+        if "resume" in given:
+            given["out"] = Path(given.get("out", Path("runs", given.get("dataset", "mnist"))))
+            given["resume"] = load(given["out"] / "ddpm.pt")
+            if given.keys() & {"epochs", "steps", "minutes"}:
+                given["resume"]["config"].update(epochs=None, steps=None, minutes=None)
+            arguments = inspect.signature(train).parameters
+            given = {k: v for k, v in given["resume"]["config"].items() if k in arguments} | given
+        return function(**given)
+    except (Mistake, OSError) as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, Mistake) else 1
+    except KeyboardInterrupt:
+        return 130
+
+if __name__ == "__main__":
+    sys.exit(main())
