@@ -17,12 +17,11 @@ Cosine schedule, Nichol & Dhariwal 2021; sigmoid, Jabri et al. 2022. Predicting 
 Classifier-free guidance, Ho & Salimans 2022. Left out, for each costs a reader more than it gives:
 learned variances (eta does their work), latent space (digits are small), text (ten words), distillation.
 """
-import argparse, contextlib, copy, inspect, io, math, os, shutil, signal, sys
+import argparse, contextlib, copy, inspect, io, itertools, math, os, shutil, signal, sys
+import types, warnings
 from functools import partial
-from itertools import pairwise, product
 from pathlib import Path
 from time import monotonic
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -202,41 +201,33 @@ def predict_x0(net, x, t, *, y, alpha_bar, predict, guidance=1.0):
         out = out_null + guidance * (out - out_null)
     return x0_from(predict, out, x, *rates(alpha_bar, times, x)).clamp(-1, 1)
 
-def ddim_step(x, x0_hat, alpha_bar_t, alpha_bar_next, eta=0.0, noise=0.0):
-    """x_next = √ᾱ_next·x0_hat + √(1-ᾱ_next-σ²)·eps_hat + σ·noise (Song et al. 2021, eq. 12), where
-    σ² = η²·(1-ᾱ_next)/(1-ᾱ_t)·(1-ᾱ_t/ᾱ_next) (eq. 16): η = 0 is deterministic, η = 1 is DDPM, for
-    σ² is then the variance of q(x_next | x_t, x0) (Ho et al. 2020, eq. 7). eps_hat is derived from
-    the clipped x0_hat: near t = T the net's own word could stand for an x0 of thousands."""
-    eps_hat = (x - alpha_bar_t ** 0.5 * x0_hat) / (1 - alpha_bar_t) ** 0.5
-    share = (1 - alpha_bar_next) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_next)
-    direction = (1 - alpha_bar_next - eta ** 2 * share) ** 0.5 * eps_hat
-    return alpha_bar_next ** 0.5 * x0_hat + direction + eta * share ** 0.5 * noise
-
 def gaussian(shape, generators, device="cpu"):
     """Noise (B,*shape), each picture's from its own generator: none depends on its neighbours."""
     return torch.stack([torch.randn(shape, generator=random) for random in generators]).to(device)
 
-def timesteps(start, steps):
-    """start = t_0 > .. > t_steps = 0, evenly spaced whole numbers, for steps in 1..start: a list."""
-    return [start * (steps - i) // steps for i in range(steps + 1)]
-
 @torch.no_grad()
 def denoise(x0_at, x, ts, alpha_bar, generators, sampler="dpm", eta=None):
-    """Algorithm 2 (Ho et al. 2020): yield x (B,C,H,W) at each t of the falling list ts, first as given.
-    x0_at(x, t) is x0_hat; eta overrules the sampler's. Order 2 is DPM-Solver++(2M) (Lu et al. 2022,
-    alg. 2): DDIM that aims where x0_hat is heading, x0_hat + h/(2·h_past)·(x0_hat - x0_past), with
-    h the step in λ = log(√ᾱ/√(1-ᾱ))."""
-    (order, own_eta, _), lam, x0_past = SAMPLERS[sampler], alpha_bar.logit() / 2, None
-    eta = own_eta if eta is None else eta
+    """Algorithm 2 (Ho et al. 2020): yield x (B,C,H,W) at each t of the falling list ts, x itself first.
+    x0_at(x, t) is x0_hat. The step is DDIM's, x_next = √ᾱ_next·x0_hat + √(1-ᾱ_next-σ²)·eps_hat + σ·z
+    with σ² = η²·(1-ᾱ_next)/(1-ᾱ_t)·(1-ᾱ_t/ᾱ_next) (Song et al. 2021, eq. 12, 16). η = 0 has no noise,
+    η = 1 is DDPM: σ² is then the variance of q(x_next | x_t, x0) (Ho et al. 2020, eq. 7). Order 2 is
+    DPM-Solver++(2M) (Lu et al. 2022, alg. 2): the same, but aiming where x0_hat is heading."""
+    order, own_eta, _ = SAMPLERS[sampler]
+    eta, x0_past = own_eta if eta is None else eta, None
+    signal, noise = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
+    log_snr = (alpha_bar.logit() / 2).tolist()       # λ = log(signal/noise), infinite at t = 0
     yield x
-    for t, t_next in pairwise(ts):
-        x0_hat, h = x0_at(x, t), (lam[t_next] - lam[t]).item()
-        aim = x0_hat
-        if order == 2 and x0_past is not None and t_next > 0:            # λ is infinite at t = 0
+    for t, t_next in itertools.pairwise(ts):
+        x0_hat = aim = x0_at(x, t)
+        h = log_snr[t_next] - log_snr[t]
+        if order == 2 and x0_past is not None and t_next > 0:
             aim = x0_hat + h / (2 * h_past) * (x0_hat - x0_past)
-        noise = gaussian(x.shape[1:], generators, x.device) if eta else 0.0
-        x = ddim_step(x, aim, alpha_bar[t].item(), alpha_bar[t_next].item(), eta, noise)
         x0_past, h_past = x0_hat, h
+        eps_hat = (x - signal[t] * aim) / noise[t]   # from the clipped x0_hat: the net's own is wild
+        sigma = eta * noise[t_next] / noise[t] * (1 - (signal[t] / signal[t_next]) ** 2) ** 0.5
+        x = signal[t_next] * aim + (noise[t_next] ** 2 - sigma ** 2) ** 0.5 * eps_hat
+        if sigma:
+            x = x + sigma * gaussian(x.shape[1:], generators, x.device)
         yield x
 
 def draw(net, config, y, *, sampler="dpm", steps=None, eta=None, guidance=1.5, seed=0, frames=1):
@@ -246,16 +237,17 @@ def draw(net, config, y, *, sampler="dpm", steps=None, eta=None, guidance=1.5, s
     steps = steps or min(T, SAMPLERS[sampler][2])
     require(steps <= T, f"--steps {steps}: this net knows T = {T} steps")
     require(eta is None or sampler == "ddim", f"--eta is for --sampler ddim, {sampler} has its own")
-    alpha_bar, device, began = noise_schedule(config["schedule"], T), net.stem.weight.device, monotonic()
+    ts = [T * i // steps for i in range(steps, -1, -1)]                  # from T to 0, evenly
     kept, films = {steps - steps * i // frames for i in range(frames)}, []
+    alpha_bar, device = noise_schedule(config["schedule"], T), net.stem.weight.device
+    began = monotonic()
     for first in range(0, len(y), 250):
         labels, film = y[first:first + 250].to(device), []
         generators = [stream(seed, first + i) for i in range(len(labels))]
         x0_at = partial(predict_x0, net, y=labels, alpha_bar=alpha_bar, predict=config["predict"],
                         guidance=guidance if config["classes"] else 0)
-        states = denoise(x0_at, gaussian(shape, generators, device), timesteps(T, steps), alpha_bar,
-                         generators, sampler, eta)
-        for i, x in enumerate(states):
+        x = gaussian(shape, generators, device)
+        for i, x in enumerate(denoise(x0_at, x, ts, alpha_bar, generators, sampler, eta)):
             film += [to_uint8(x).cpu()] if i in kept else []
             drawn = first + len(labels) * i / steps
             status(drawn / len(y), began, f"{drawn:,.0f} of {len(y):,} pictures drawn")
@@ -270,7 +262,7 @@ def to_uint8(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 def write(path, save, **options):
-    """Write a file whole or not at all: save(file, **options) beside it, to disk, into its place."""
+    """Write a file whole or not at all: save(file, **options) beside it, to disk, in its place."""
     path, part = Path(path), Path(f"{path}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "wb") as file:
@@ -285,35 +277,28 @@ def grid(images, columns):
     factor = min(8, max(2, 640 // max(sheet.size)))
     return sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)
 
-def save_gif(path, frames, ms=80, hold=2000):
+def write_gif(path, frames, ms=80, hold=2000):
     """Write PIL images as a GIF that loops: ms (a multiple of 10) each, the last one held longer."""
-    durations = [ms] * (len(frames) - 1) + [hold]    # Pillow merges equal frames and adds their times
+    durations = [ms] * (len(frames) - 1) + [hold]    # Pillow joins equal frames and adds their times
     write(path, frames[0].save, format="GIF", save_all=True, append_images=frames[1:], loop=0,
           duration=durations)
-
-def write_pictures(out, images, columns, film=()):
-    """Write pictures uint8 (n,C,H,W) as a PNG grid and, if given, frames of them as the GIF beside it."""
-    write(out, grid(images, columns).save, format="PNG")
-    print(out)
-    if len(film):
-        save_gif(Path(out).with_suffix(".gif"), [grid(frame, columns) for frame in film])
-        print(Path(out).with_suffix(".gif"))
 
 def draw_curve(losses):
     """Draw the loss over the steps on a log scale, each pixel the mean of its steps: a PIL image."""
     parts = torch.tensor(losses).tensor_split(min(640, len(losses)))
     logs = torch.stack([part.mean() for part in parts]).log()
     low, high = logs.min().item(), logs.max().item()
-    image = Image.new("L", (640, 360), 255)
     heights = 340 - 300 * (logs - low) / max(high - low, 1e-9)
-    ImageDraw.Draw(image).line(list(enumerate(heights.tolist())), fill=0, width=2)
-    text = f"loss, log scale: {math.exp(low):.3g} .. {math.exp(high):.3g} over {len(losses):,} steps"
-    ImageDraw.Draw(image).text((200, 10), text, fill=0, font=ImageFont.load_default(14))
+    places = [(640 * i / len(logs), height) for i, height in enumerate(heights.tolist())]
+    image, text = Image.new("L", (640, 360), 255), f"{math.exp(low):.3g} .. {math.exp(high):.3g}"
+    ImageDraw.Draw(image).line(places, fill=0, width=2)
+    ImageDraw.Draw(image).text((180, 10), f"loss, log scale, {text} over {len(losses):,} steps",
+                               fill=0, font=ImageFont.load_default(14))
     return image
 
 def status(done, began, text):
-    """Show a text and the time left on stderr, at a share done in 0..1 of what began at that time: a
-    line that is redrawn in a terminal, and blank at last; a new line every ten seconds elsewhere."""
+    """Show a text and the time left on stderr, at a share done in 0..1 of what began at that time:
+    in a terminal a line that is redrawn, blank at last; elsewhere a new line every ten seconds."""
     terminal, left = sys.stderr.isatty(), (monotonic() - began) * (1 - done) / max(done, 1e-9)
     if monotonic() - max(began, status.shown) > (0.3 if terminal else 10) or terminal and done == 1:
         status.shown, width = monotonic(), shutil.get_terminal_size().columns - 1
@@ -329,7 +314,7 @@ def glyphs(root=None, train=True, download=False):
     """Digits in Pillow's own font, in many weights, sizes, places, turns and slants; no download.
     As torchvision's sets: data uint8 (n,28,28), targets, classes; n = 10,000 to train on, or 1,000."""
     n, random, shapes = 10_000 if train else 1_000, stream(0, int(train)), []
-    for digit, weight in product("0123456789", range(4)):
+    for digit, weight in itertools.product("0123456789", range(4)):
         canvas, font = Image.new("L", (56, 56)), ImageFont.load_default(36)
         ImageDraw.Draw(canvas).text((28, 28), digit, 255, font, anchor="mm", stroke_width=weight)
         shapes.append(pil_to_tensor(canvas).float())
@@ -340,7 +325,7 @@ def glyphs(root=None, train=True, download=False):
               size * -turn.sin(), size * turn.cos(), 0.15 * down]
     places = F.affine_grid(torch.stack(affine, 1).view(n, 2, 3), [n, 1, 28, 28], align_corners=False)
     data = F.grid_sample(torch.stack(shapes)[picks], places, align_corners=False)[:, 0]
-    return SimpleNamespace(data=data.round().byte(), targets=picks // 4, classes=list("0123456789"))
+    return types.SimpleNamespace(data=data.round().byte(), targets=picks // 4, classes=list("0123456789"))
 
 DATASETS = {"mnist": datasets.MNIST, "glyphs": glyphs}
 
@@ -361,7 +346,7 @@ def load_data(dataset, data="data", train=True):
 # Tensors, numbers and strings only, so loading runs no code; of random state (seed, step) is all.
 
 FORMAT = "ddpm.py checkpoint 1"
-FIXED = ("dataset", "channels", "size", "classes", "cond", "T", "schedule", "predict", "width")
+FIXED = ("dataset", "cond", "T", "schedule", "predict", "width", "channels", "size", "classes")
 
 def build(config):
     """The net that a config describes, untrained."""
@@ -390,8 +375,7 @@ def load_net(ckpt=None, device=None):
 
 def pick_device(name=None):
     """The torch device of that name, by default CUDA, else MPS, else the CPU. Raises Mistake."""
-    mps = torch.backends.mps.is_available()
-    best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         return torch.ones(1, device=name or best).cpu().to(name or best).device
     except Exception:                                # each kind of device is missing in its own way
@@ -415,7 +399,7 @@ def save_run(out, checkpoint, net):
     sheet = grid(draw(net, config, y)[-1], len(y) // 5)
     write(out / "ddpm.pt", partial(torch.save, checkpoint))
     write(out / "log.csv", lambda file: file.write("\n".join(rows + [""]).encode()))
-    write(out / "loss.png", draw_curve([row[2] for row in log] or [1]).save, format="PNG")
+    write(out / "loss.png", draw_curve([row[2] for row in log] or [1.0]).save, format="PNG")
     write(out / f"samples-{step:06}.png", sheet.save, format="PNG")
     print(f"step {step:,}: {out}/ddpm.pt, log.csv, loss.png, samples-{step:06}.png", flush=True)
 
@@ -451,41 +435,42 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
     total, marks = steps or (epochs or 0) * math.ceil(len(images) / batch_size), epochs or 10
     print(f"{sum(p.numel() for p in net.parameters()):,} weights learn {len(images):,} pictures of "
           f"{dataset} on {device}")
-    mark, ended = None, []
+    mark, ended, signals = None, [], (signal.SIGINT, signal.SIGTERM)
 
     def end(number, frame):
         ended.append(number)
-        signal.signal(number, signal.SIG_DFL)        # a second Ctrl-C ends at once
-    handlers = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    while True:
-        seconds = monotonic() - began
-        done = min(1, step / total if total else seconds / 60 / (minutes or 10))
-        mark, last_mark = int(done * marks + 1e-6), mark
-        if ended or done == 1 or last_mark not in (None, mark):
-            status(1, began, "")
-            state = {name: part.state_dict() for name, part in parts.items()}
-            save_run(out, {"format": FORMAT, "config": config, "step": step, "seconds": seconds,
-                           "log": log, **state}, averaged)
-        if ended or done == 1:
-            break
-        x0, y, t, eps = training_batch(images, labels, step, batch_size=batch_size, T=T, seed=seed,
-                                       label_drop=label_drop if config["classes"] else 1)
-        value = diffusion_loss(net, x0, y, t, eps, alpha_bar, predict, loss)
-        optimizer.zero_grad()
-        value.backward()
-        if grad_clip:
-            nn.utils.clip_grad_norm_(net.parameters(), grad_clip)
-        rate = optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 - done)
-        optimizer.step()
-        update_average(averaged, net, step, ema)
-        step, value, speed = step + 1, value.item(), batch_size / (monotonic() - began - seconds)
-        require(math.isfinite(value), f"the loss is {value} at step {step}: lower --lr and --resume")
-        log.append((step, round(seconds, 3), value, rate, round(speed)))
-        status(done, began, f"step {step:,} · loss {value:.4f} · {speed:,.0f} images/s")
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if ended:
-        print(f"stopped; everything is saved, go on by: python ddpm.py train --resume --out {out}")
+        signal.signal(number, signal.SIG_DFL)        # a second one ends at once
+    handlers = [signal.signal(number, end) for number in signals]
+    try:
+        while True:
+            seconds = monotonic() - began
+            done = min(1, step / total if total else seconds / 60 / (minutes or 10))
+            mark, last_mark = int(done * marks + 1e-6), mark
+            if ended or mark != last_mark:           # also at once: is the folder fit to be written?
+                status(1, began, "")
+                states = {name: part.state_dict() for name, part in parts.items()}
+                save_run(out, {"format": FORMAT, "config": config, "step": step, "log": log,
+                               "seconds": seconds, **states}, averaged)
+            if ended or done == 1:
+                break
+            x0, y, t, eps = training_batch(images, labels, step, batch_size=batch_size, T=T, seed=seed,
+                                           label_drop=label_drop if config["classes"] else 1)
+            value = diffusion_loss(net, x0, y, t, eps, alpha_bar, predict, loss)
+            optimizer.zero_grad()
+            value.backward()
+            if grad_clip:
+                nn.utils.clip_grad_norm_(net.parameters(), grad_clip)
+            rate = optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 - done)
+            optimizer.step()
+            update_average(averaged, net, step, ema)
+            step, value, speed = step + 1, value.item(), batch_size / (monotonic() - began - seconds)
+            require(math.isfinite(value), f"the loss is {value} at step {step}: --resume with less --lr")
+            log.append((step, round(seconds, 3), value, rate, round(speed)))
+            status(done, began, f"step {step:,} · loss {value:.4f} · {speed:,.0f} images/s")
+    finally:
+        for number, handler in zip(signals, handlers):
+            signal.signal(number, handler)
+    print(f"stopped; to go on: python ddpm.py train --resume --out {out}" if ended else "done")
     return 128 + ended[0] if ended else 0
 
 # ---- 11. The command line ------------------------------------------------------------------------
@@ -503,7 +488,11 @@ def sample(*, ckpt=None, digit=None, n=None, out="samples.png", gif=False, raw=N
     y = torch.tensor(row * (n or (1 if digit else 10)))
     film = draw(net, config, y, sampler=sampler, steps=steps, eta=eta, guidance=guidance, seed=seed,
                 frames=40 if gif else 1)
-    write_pictures(out, film[-1], len(row), film if gif else ())
+    write(out, grid(film[-1], len(row)).save, format="PNG")
+    print(out)
+    if gif:
+        write_gif(Path(out).with_suffix(".gif"), [grid(images, len(row)) for images in film])
+        print(Path(out).with_suffix(".gif"))
     if raw:
         write(raw, partial(torch.save, {"images": film[-1], "labels": y}))
         print(raw)
@@ -516,7 +505,11 @@ def forward(*, dataset="mnist", data="data", schedule="cosine", T=1000, out="for
     eps, alpha_bar = torch.randn(x0.shape, generator=stream(seed, 0)), noise_schedule(schedule, T)
     film = [to_uint8(q_sample(x0, torch.tensor([T * i // 40]), eps, alpha_bar)) for i in range(41)]
     rows = torch.stack(film[::4], dim=1).flatten(0, 1)                   # (K·11, C, H, W)
-    write_pictures(out, rows, 11, film if gif else ())
+    write(out, grid(rows, 11).save, format="PNG")
+    print(out)
+    if gif:
+        write_gif(Path(out).with_suffix(".gif"), [grid(images, 5) for images in film])
+        print(Path(out).with_suffix(".gif"))
 
 def between(kind, least, most):
     """An argparse type: a number of that kind in least..most."""
@@ -556,6 +549,8 @@ FLAGS = {
     "--guidance": dict(type=between(float, 0, 100), help="0 ignores labels, more overdoes them"),
     "--seed": dict(type=between(int, 0, 2**32 - 1), help="of all that is random")}
 
+UNFIT = (Mistake, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors take one line."""
     def error(self, message):
@@ -563,7 +558,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv=None):
     """Run a command line. Returns the exit status: 2 for the user's mistake, 1 for the world's."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="ddpm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
     for function in (train, sample, forward):
         command = commands.add_parser(function.__name__, help=function.__doc__.split("\n")[0],
@@ -575,7 +570,10 @@ def main(argv=None):
             command.add_argument(flag, **FLAGS[flag] | {"help": text})
     given = vars(parser.parse_args(argv))
     function = given.pop("function")
+    warnings.simplefilter("ignore")                  # of libraries: an error is one line
     try:
+        require(function is train or str(given.get("out", ".png")).endswith(".png"),
+                f"--out {given.get('out')}: it has to end in .png")
         if "resume" in given:
             given["out"] = Path(given.get("out", Path("runs", given.get("dataset", "mnist"))))
             given["resume"] = load(given["out"] / "ddpm.pt")
@@ -586,7 +584,7 @@ def main(argv=None):
         return function(**given)
     except (Mistake, OSError) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, Mistake) else 1
+        return 2 if isinstance(error, UNFIT) else 1
     except KeyboardInterrupt:
         return 130
 

@@ -1,0 +1,839 @@
+"""Tests of ddpm.py, in the order of the file: `make test`, or `python -m unittest`. Offline, on the CPU.
+
+What is mathematics is held against an oracle that does not share its code: numbers computed by hand,
+ten naive lines, or a set of data whose best denoiser is known in closed form.
+"""
+import contextlib
+import csv
+import io
+import math
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import torch
+from PIL import Image
+from torch import nn
+
+import ddpm
+
+PROGRAM = Path(__file__).with_name("ddpm.py")
+GREY = {"dataset": "glyphs", "channels": 1, "size": 28, "classes": list("0123456789"), "cond": "class",
+        "T": 20, "schedule": "cosine", "predict": "v", "width": 8}
+
+
+def streams(n):
+    """n random streams, as a sampler gets them."""
+    return [ddpm.stream(7, i) for i in range(n)]
+
+
+def last(states):
+    """The last of the states that a sampler yields."""
+    for state in states:
+        pass
+    return state
+
+
+class Folder(unittest.TestCase):
+    """A test in a temporary folder of its own, with the command line at hand."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(folder.name)
+
+    def run_main(self, *argv):
+        """Run a command line here: (exit status, standard output, standard error)."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = ddpm.main([str(arg) for arg in argv]) or 0
+            except SystemExit as end:
+                status = end.code
+        return status, out.getvalue(), err.getvalue()
+
+    def train(self, *argv, steps=2):
+        """Train for a moment on glyphs with the smallest net."""
+        status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--batch-size", 4,
+                                         "--T", 20, "--steps", steps, *argv)
+        self.assertEqual(status, 0, err)
+        return out
+
+    def refuses(self, words, *argv, status=2):
+        """Assert that a command line ends in one line that has the words, and writes nothing."""
+        before = sorted(Path().rglob("*.p*"))
+        ended, out, err = self.run_main(*argv)
+        self.assertEqual(ended, status, f"{argv}: {err}")
+        self.assertEqual(err.count("\n"), 1, err)
+        self.assertIn(words, err)
+        self.assertEqual(sorted(Path().rglob("*.p*")), before)
+
+
+class TheForwardProcess(unittest.TestCase):
+    def test_every_schedule_falls_from_one_towards_zero_for_any_T(self):
+        for name in ddpm.SCHEDULES:
+            for T in (2, 3, 10, 300, 1000, 4000):
+                alpha_bar = ddpm.noise_schedule(name, T)
+                self.assertEqual(alpha_bar.shape, (T + 1,))
+                self.assertEqual(alpha_bar.dtype, torch.float64)
+                self.assertEqual(alpha_bar[0], 1)
+                self.assertTrue((alpha_bar.diff() < 0).all(), (name, T))
+                self.assertGreater(alpha_bar[-1], 0)
+
+    def test_linear_betas_are_those_of_the_paper_at_T_1000(self):
+        product = 1.0
+        alpha_bar = ddpm.noise_schedule("linear", 1000).tolist()
+        for t in range(1, 1001):
+            product *= 1 - (1e-4 + (0.02 - 1e-4) * (t - 1) / 999)
+            self.assertAlmostEqual(alpha_bar[t], product, places=12)
+        self.assertAlmostEqual(alpha_bar[1000], 4.0358e-5, places=8)
+
+    def test_the_linear_schedule_ends_in_noise_for_other_T_too(self):
+        for T in (50, 300, 4000):
+            self.assertLess(ddpm.noise_schedule("linear", T)[-1], 1e-4, T)
+        unscaled = math.prod(1 - (1e-4 + (0.02 - 1e-4) * t / 299) for t in range(300))
+        self.assertGreater(unscaled, 0.04)           # what is left without the factor 1000/T
+
+    def test_the_cosine_schedule_is_nichol_and_dhariwals(self):
+        T, alpha_bar = 1000, ddpm.noise_schedule("cosine", 1000)
+        for t in (1, 10, 500, 900, 998):
+            f = [math.cos((u / T + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (t, 0)]
+            self.assertAlmostEqual(alpha_bar[t].item(), f[0] / f[1], places=9)
+
+    def test_the_last_beta_of_cosine_and_sigmoid_is_clipped_at_0_999(self):
+        for name in ("cosine", "sigmoid"):
+            alpha_bar = ddpm.noise_schedule(name, 1000)
+            self.assertAlmostEqual((1 - alpha_bar[-1] / alpha_bar[-2]).item(), 0.999, places=9)
+
+    def test_the_sigmoid_schedule_is_jabris(self):
+        def gamma(u, start=-3, end=3):
+            low, high = (1 / (1 + math.exp(-v)) for v in (start, end))
+            return (high - 1 / (1 + math.exp(-(u * (end - start) + start)))) / (high - low)
+        alpha_bar = ddpm.noise_schedule("sigmoid", 100)
+        for t in (1, 25, 50, 99):
+            self.assertAlmostEqual(alpha_bar[t].item(), gamma(t / 100), places=10)
+        self.assertAlmostEqual(alpha_bar[50].item(), 0.5, places=10)
+
+    def test_t_0_gives_the_picture_back_exactly(self):
+        x0, eps = torch.rand(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
+        t = torch.zeros(3, dtype=torch.long)
+        self.assertTrue(torch.equal(ddpm.q_sample(x0, t, eps, ddpm.noise_schedule("cosine", 9)), x0))
+
+    def test_q_sample_has_the_mean_and_variance_of_equation_4(self):
+        alpha_bar = ddpm.noise_schedule("linear", 100)
+        eps = torch.randn(200_000, 1, 1, 1, generator=ddpm.stream(0, 0))
+        for t in (1, 40, 100):
+            x = ddpm.q_sample(torch.full_like(eps, 0.7), torch.full((len(eps),), t), eps, alpha_bar)
+            self.assertAlmostEqual(x.mean().item(), 0.7 * alpha_bar[t].item() ** 0.5, delta=0.01)
+            self.assertAlmostEqual(x.var().item(), 1 - alpha_bar[t].item(), delta=0.01)
+
+    def test_q_sample_equals_T_small_steps_of_noise_in_distribution(self):
+        alpha_bar, random = ddpm.noise_schedule("linear", 10), ddpm.stream(0, 1)
+        x = torch.full((100_000,), -0.5)
+        for t in range(1, 11):                       # Ho et al. 2020, eq. 2
+            beta = 1 - (alpha_bar[t] / alpha_bar[t - 1]).item()
+            x = (1 - beta) ** 0.5 * x + beta ** 0.5 * torch.randn(x.shape, generator=random)
+        self.assertAlmostEqual(x.mean().item(), -0.5 * alpha_bar[10].item() ** 0.5, delta=0.01)
+        self.assertAlmostEqual(x.var().item(), 1 - alpha_bar[10].item(), delta=0.01)
+
+    def test_each_picture_of_a_batch_has_its_own_t(self):
+        alpha_bar, zero = ddpm.noise_schedule("cosine", 10), torch.zeros(2, 1, 1, 1)
+        x = ddpm.q_sample(torch.ones(2, 1, 1, 1), torch.tensor([0, 10]), zero, alpha_bar).flatten()
+        self.assertEqual(x[0], 1)
+        self.assertLess(x[1], 0.01)
+
+
+class TheLoss(unittest.TestCase):
+    def test_x0_eps_and_v_each_tell_the_picture(self):
+        alpha_bar = ddpm.noise_schedule("linear", 50)
+        x0, eps = torch.rand(50, 1, 2, 2) * 2 - 1, torch.randn(50, 1, 2, 2)
+        t = torch.arange(1, 51)
+        x, r = ddpm.q_sample(x0, t, eps, alpha_bar), ddpm.rates(alpha_bar, t, x0)
+        for predict in ("eps", "v", "x0"):
+            out = ddpm.target(predict, x0, eps, *r)
+            torch.testing.assert_close(ddpm.x0_from(predict, out, x, *r), x0, atol=1e-4, rtol=0)
+
+    def test_v_is_the_noise_at_T_and_minus_the_picture_at_0(self):
+        x0, eps = torch.tensor(0.3), torch.tensor(-1.2)
+        self.assertEqual(ddpm.target("v", x0, eps, 0.0, 1.0), -x0)       # all noise: say the picture
+        self.assertEqual(ddpm.target("v", x0, eps, 1.0, 0.0), eps)       # all picture: say the noise
+
+    def test_the_losses_of_a_known_error(self):
+        x0 = torch.zeros(1, 1, 2, 2)
+        eps = torch.tensor([[[[3.0, -0.5], [0.0, 1.0]]]])
+        alpha_bar, t, y = ddpm.noise_schedule("linear", 10), torch.tensor([5]), torch.tensor([0])
+        def net(x, t, y):
+            return torch.zeros_like(x)
+        for loss, known in (("l1", 4.5 / 4), ("l2", 10.25 / 4), ("huber", (2.5 + 0.125 + 0 + 0.5) / 4)):
+            value = ddpm.diffusion_loss(net, x0, y, t, eps, alpha_bar, "eps", loss)
+            self.assertAlmostEqual(value.item(), known, places=6)
+
+    def test_the_loss_of_the_exact_net_is_zero(self):
+        alpha_bar, star = ddpm.noise_schedule("cosine", 30), torch.rand(1, 1, 4, 4)
+        for predict in ("eps", "v", "x0"):
+            net = exact_net(star, alpha_bar, predict)
+            eps, t = torch.randn(30, 1, 4, 4), torch.arange(1, 31)
+            y = torch.zeros(30, dtype=torch.long)
+            value = ddpm.diffusion_loss(net, star.expand(30, -1, -1, -1), y, t, eps, alpha_bar, predict, "l2")
+            self.assertLess(value.item(), 1e-9, predict)
+
+    def batches(self, label_drop=0.1, n=400):
+        images = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+        labels = torch.arange(256) % 10
+        parts = [ddpm.training_batch(images, labels, step, batch_size=32, T=50, label_drop=label_drop,
+                                     seed=3) for step in range(n)]
+        return [torch.cat(part) for part in zip(*parts)]
+
+    def test_training_draws_each_t_from_1_to_T_equally_often(self):
+        t = self.batches()[2]
+        counts = t.bincount(minlength=51)
+        self.assertEqual((t.min().item(), t.max().item(), counts[0].item()), (1, 50, 0))
+        self.assertLess((counts[1:] - len(t) / 50).abs().max().item(), 5 * (len(t) / 50) ** 0.5)
+
+    def test_t_is_never_above_T_even_at_the_edge_of_rounding(self):
+        with mock.patch("torch.rand", lambda *shape, **options: torch.full(shape, 1 - 2**-53, dtype=torch.float64)):
+            t = self.batches(n=1)[2]
+        self.assertEqual(t.max(), 50)
+
+    def test_labels_are_dropped_picture_by_picture(self):
+        y = self.batches(label_drop=0.25)[1].view(-1, 32)
+        dropped = (y == ddpm.NULL).float()
+        self.assertAlmostEqual(dropped.mean().item(), 0.25, delta=0.02)
+        self.assertFalse((dropped.mean(1) == 1).any())
+        self.assertGreater(((dropped.mean(1) > 0) & (dropped.mean(1) < 1)).float().mean().item(), 0.98)
+
+    def test_pictures_and_labels_stay_together_unflipped_in_minus_1_to_1(self):
+        x0, y, _, eps = self.batches(label_drop=0)
+        value = ((x0[:, 0, 0, 0] + 1) * 127.5).round().long()
+        self.assertTrue(torch.equal(value % 10, y))
+        self.assertEqual((x0.min().item(), x0.max().item()), (-1, 1))
+        self.assertAlmostEqual(eps.std().item(), 1, delta=0.01)
+
+    def test_a_step_is_drawn_from_its_seed_and_number_alone(self):
+        images, labels = torch.zeros(9, 1, 4, 4, dtype=torch.uint8), torch.arange(9)
+        def batch(step, seed):
+            return ddpm.training_batch(images, labels, step, batch_size=8, T=50, label_drop=0, seed=seed)[3]
+        self.assertTrue(torch.equal(batch(5, 1), batch(5, 1)))
+        self.assertFalse(torch.equal(batch(5, 1), batch(6, 1)))
+        self.assertFalse(torch.equal(batch(5, 1), batch(5, 2)))
+
+    def test_neighbouring_seeds_share_no_stream(self):
+        def firsts(seed):
+            return {torch.randn(3, generator=ddpm.stream(seed, i)).sum().item() for i in range(500)}
+        self.assertFalse(firsts(0) & firsts(1))
+
+
+class TheNet(unittest.TestCase):
+    def net(self, **options):
+        torch.manual_seed(0)
+        return ddpm.UNet(**{"width": 8, **options})
+
+    def test_the_answer_has_the_shape_of_the_question(self):
+        for size, channels, classes in ((28, 1, 10), (32, 3, 10), (16, 1, 0), (64, 3, 2)):
+            net, x = self.net(size=size, channels=channels, classes=classes), torch.randn(2, channels, size, size)
+            y = torch.tensor([ddpm.NULL, classes - 1 if classes else ddpm.NULL])
+            self.assertEqual(net(x, torch.tensor([1, 1000]), y).shape, x.shape)
+
+    def test_a_side_that_does_not_divide_by_4_is_refused_in_one_line(self):
+        with self.assertRaisesRegex(ddpm.Mistake, "divisible by 4, not 30"):
+            ddpm.UNet(size=30)
+
+    def test_the_untrained_net_says_nothing(self):
+        x = torch.randn(2, 1, 28, 28)
+        self.assertEqual(self.net()(x, torch.tensor([1, 9]), torch.tensor([0, 1])).abs().max(), 0)
+
+    def test_NULL_is_the_last_row_of_the_class_embedding(self):
+        net = self.net()
+        nn.init.normal_(net.last.weight)
+        for block in net.modules():
+            if isinstance(block, ddpm.ResBlock):
+                nn.init.normal_(block.conv2.weight)
+        x, t = torch.randn(1, 1, 28, 28), torch.tensor([5])
+        outs = [net(x, t, torch.tensor([y])) for y in (ddpm.NULL, 10, 9)]
+        self.assertTrue(torch.equal(outs[0], outs[1]))
+        self.assertFalse(torch.allclose(outs[0], outs[2]))
+        self.assertFalse(torch.allclose(outs[0], net(x, torch.tensor([6]), torch.tensor([ddpm.NULL]))))
+
+    def test_the_time_embedding_is_sines_and_cosines(self):
+        embedding = ddpm.time_embedding(torch.tensor([0, 3, 900]), 8)
+        for i, t in enumerate((0, 3, 900)):
+            f = [10_000 ** (-k / 3) for k in range(4)]
+            known = [math.sin(t * v) for v in f] + [math.cos(t * v) for v in f]
+            torch.testing.assert_close(embedding[i], torch.tensor(known), atol=2e-4, rtol=0)
+
+    def test_attention_is_a_softmax_over_all_places(self):
+        torch.manual_seed(1)
+        layer, x = ddpm.Attention(16), torch.randn(1, 16, 3, 3)
+        self.assertTrue(torch.equal(layer(x), x))    # silent at first
+        layer.out.weight.data = torch.eye(16)[:, :, None, None]
+        q, k, v = layer.qkv(layer.norm(x)).view(3, 4, 4, 9)              # 4 heads of 4 channels, 9 places
+        known = torch.zeros(4, 4, 9)
+        for head in range(4):
+            for place in range(9):
+                score = torch.stack([(q[head, :, place] * k[head, :, other]).sum() / 2 for other in range(9)])
+                known[head, :, place] = (score.softmax(0) * v[head]).sum(1)
+        torch.testing.assert_close(layer(x) - x, known.view(1, 16, 3, 3), atol=1e-5, rtol=0)
+
+    def test_one_training_step_moves_all_that_is_not_behind_a_silent_branch(self):
+        net = self.net()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+        images, labels = torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8), torch.arange(64) % 10
+        moved = {name: torch.zeros(()) for name, _ in net.named_parameters()}
+        for step in range(3):                        # zero layers open one after the other
+            x0, y, t, eps = ddpm.training_batch(images, labels, step, batch_size=16, T=100, label_drop=0.1, seed=0)
+            loss = ddpm.diffusion_loss(net, x0, y, t, eps, ddpm.noise_schedule("cosine", 100))
+            self.assertTrue(loss.isfinite())
+            optimizer.zero_grad()
+            loss.backward()
+            for name, parameter in net.named_parameters():
+                self.assertIsNotNone(parameter.grad, name)
+                moved[name] = moved[name] + parameter.grad.abs().sum()
+            optimizer.step()
+        self.assertEqual([name for name, by in moved.items() if not by > 0], [])
+
+    def test_training_teaches_it_a_single_picture(self):
+        net, alpha_bar = self.net(), ddpm.noise_schedule("cosine", 100)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3)
+        images, losses = ddpm.glyphs(train=False).data[:1, None], []
+        for step in range(100):
+            x0, y, t, eps = ddpm.training_batch(images, torch.tensor([0]), step, batch_size=16, T=100,
+                                                label_drop=0.1, seed=0)
+            loss = ddpm.diffusion_loss(net, x0, y, t, eps, alpha_bar, "v", "l2")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        self.assertLess(sum(losses[-5:]), 0.3 * sum(losses[:5]))
+
+
+def exact_net(star, alpha_bar, predict):
+    """The best net for a data set of the one picture star: it knows eps = (x_t - √ᾱ·star)/√(1-ᾱ)."""
+    def net(x, t, y):
+        signal_rate = alpha_bar[t].sqrt().float().view(-1, 1, 1, 1)
+        noise_rate = (1 - alpha_bar[t]).sqrt().float().view(-1, 1, 1, 1)
+        eps = (x - signal_rate * star) / noise_rate
+        return {"eps": eps, "x0": star.expand_as(x), "v": signal_rate * eps - noise_rate * star}[predict]
+    return net
+
+
+def gaussian_x0_at(mean, std, alpha_bar):
+    """The best guess of x0 if the data are N(mean, std²), pixel by pixel: E[x0 | x_t]."""
+    def x0_at(x, t):
+        a, s2 = alpha_bar[t].item() ** 0.5, 1 - alpha_bar[t].item()
+        return mean + a * std ** 2 / (a * a * std ** 2 + s2) * (x - a * mean)
+    return x0_at
+
+
+class Sampling(unittest.TestCase):
+    def test_a_data_set_of_one_picture_comes_back_from_every_sampler_at_any_number_of_steps(self):
+        star = torch.rand(1, 1, 4, 4, generator=ddpm.stream(1, 0)) * 2 - 1
+        for schedule in ddpm.SCHEDULES:
+            alpha_bar = ddpm.noise_schedule(schedule, 40)
+            for predict in ("eps", "v", "x0"):
+                net = exact_net(star, alpha_bar, predict)
+                def x0_at(x, t):
+                    y = torch.zeros(len(x), dtype=torch.long)
+                    return ddpm.predict_x0(net, x, t, y=y, alpha_bar=alpha_bar, predict=predict)
+                for sampler in ddpm.SAMPLERS:
+                    for steps in (1, 2, 3, 7, 20, 40):
+                        ts = [40 * i // steps for i in range(steps, -1, -1)]
+                        x = ddpm.gaussian((1, 4, 4), streams(2))
+                        x = last(ddpm.denoise(x0_at, x, ts, alpha_bar, streams(2), sampler))
+                        # at one step, eps tells x0 only through a division by √ᾱ_T
+                        slack = 1e-5 if steps > 1 or predict != "eps" else 1e-2
+                        torch.testing.assert_close(x, star.expand_as(x), atol=slack, rtol=0)
+
+    def test_ddpm_on_all_steps_is_the_posterior_of_equation_7(self):
+        alpha_bar = ddpm.noise_schedule("linear", 50)
+        x0_hat, x = torch.rand(1, 1, 3, 3), torch.randn(1, 1, 3, 3)
+        for t in range(50, 0, -1):
+            beta = 1 - alpha_bar[t] / alpha_bar[t - 1]
+            mean = (alpha_bar[t - 1].sqrt() * beta / (1 - alpha_bar[t]) * x0_hat
+                    + (1 - beta).sqrt() * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]) * x)
+            variance = (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]) * beta
+            noise = torch.randn(1, 3, 3, generator=ddpm.stream(7, 0))
+            known = (mean + variance.sqrt() * noise).float()
+            for sampler, eta in (("ddpm", None), ("ddim", 1.0)):
+                got = last(ddpm.denoise(lambda x, t: x0_hat, x, [t, t - 1], alpha_bar, streams(1), sampler, eta))
+                torch.testing.assert_close(got, known, atol=1e-5, rtol=1e-5)
+
+    def test_eta_scales_the_noise_between_ddim_and_ddpm_on_skipped_steps_too(self):
+        alpha_bar, x0_hat, x = ddpm.noise_schedule("cosine", 50), torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+        noise = torch.randn(1, 2, 2, generator=ddpm.stream(7, 0))
+        a, b = alpha_bar[30].item(), alpha_bar[10].item()
+        for eta in (0.0, 0.3, 1.0):
+            got = last(ddpm.denoise(lambda x, t: x0_hat, x, [30, 10], alpha_bar, streams(1), "ddim", eta))
+            sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))     # Song et al. 2021, eq. 16
+            torch.testing.assert_close(got[0], sigma * noise, atol=1e-6, rtol=1e-5)
+
+    def test_dpm_is_the_multistep_solver_of_its_paper(self):
+        alpha_bar = ddpm.noise_schedule("cosine", 100)
+        x0_at, ts = gaussian_x0_at(0.2, 0.4, alpha_bar), [100, 80, 55, 30, 12, 0]
+        x = start = torch.randn(1, 1, 4, 4, generator=ddpm.stream(2, 0))
+        a, s = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
+        past = None
+        for t, t_next in zip(ts, ts[1:]):            # Lu et al. 2022, alg. 2, in their own variables
+            x0_hat = x0_at(x, t)
+            if t_next == 0:
+                x = x0_hat
+                break
+            h = math.log(a[t_next] / s[t_next]) - math.log(a[t] / s[t])
+            d = x0_hat
+            if past is not None:
+                r = past[1] / h
+                d = (1 + 1 / (2 * r)) * x0_hat - 1 / (2 * r) * past[0]
+            x = s[t_next] / s[t] * x - a[t_next] * (math.exp(-h) - 1) * d
+            past = (x0_hat, h)
+        got = last(ddpm.denoise(x0_at, start, ts, alpha_bar, streams(1), "dpm"))
+        torch.testing.assert_close(got, x, atol=1e-5, rtol=1e-5)
+
+    def error_of(self, sampler, steps, T=4096, end=512):
+        """How far a sampler is from the exact flow of Gaussian data, from T down to t = end."""
+        alpha_bar = ddpm.noise_schedule("linear", T)
+        x = torch.randn(1, 1, 8, 8, generator=ddpm.stream(3, 0), dtype=torch.float64)
+        ts = [T - (T - end) * i // steps for i in range(steps + 1)]
+        got = last(ddpm.denoise(gaussian_x0_at(0.3, 0.5, alpha_bar), x, ts, alpha_bar, streams(1), sampler))
+        def spread(t):
+            return (alpha_bar[t] * 0.25 + 1 - alpha_bar[t]).sqrt()
+        a, b = alpha_bar[T].sqrt(), alpha_bar[end].sqrt()
+        exact = b * 0.3 + spread(end) * (x - a * 0.3) / spread(T)
+        return (got - exact).abs().mean().item()
+
+    def test_ddim_is_of_first_order_and_dpm_of_second(self):
+        for sampler, order in (("ddim", 1), ("dpm", 2)):
+            errors = [self.error_of(sampler, steps) for steps in (32, 64, 128)]
+            for coarse, fine in zip(errors, errors[1:]):
+                self.assertAlmostEqual(math.log2(coarse / fine), order, delta=0.35, msg=sampler)
+
+    def test_dpm_is_far_nearer_than_ddim_at_equal_steps(self):
+        self.assertLess(self.error_of("dpm", 16), 0.3 * self.error_of("ddim", 16))
+
+    def test_every_sampler_ends_in_the_distribution_of_the_data(self):
+        alpha_bar = ddpm.noise_schedule("cosine", 200)
+        for sampler in ddpm.SAMPLERS:
+            x = ddpm.gaussian((1, 64, 64), streams(4))
+            x = last(ddpm.denoise(gaussian_x0_at(0.3, 0.5, alpha_bar), x, list(range(200, -1, -1)), alpha_bar,
+                                  streams(4), sampler))
+            self.assertAlmostEqual(x.mean().item(), 0.3, delta=0.03, msg=sampler)
+            self.assertAlmostEqual(x.std().item(), 0.5, delta=0.03, msg=sampler)
+
+    def test_a_wild_net_cannot_carry_the_picture_away(self):
+        alpha_bar = ddpm.noise_schedule("cosine", 1000)
+        def net(x, t, y):
+            return 5 * torch.ones_like(x)            # as eps at t = T it stands for x0 = -100,000
+        def x0_at(x, t):
+            return ddpm.predict_x0(net, x, t, y=torch.zeros(len(x)).long(), alpha_bar=alpha_bar, predict="eps")
+        for sampler in ddpm.SAMPLERS:
+            ts = [1000 * i // 10 for i in range(10, -1, -1)]
+            for x in ddpm.denoise(x0_at, ddpm.gaussian((1, 4, 4), streams(2)), ts, alpha_bar, streams(2), sampler):
+                self.assertLess(x.abs().max().item(), 8, sampler)
+
+    def test_guidance_goes_on_from_no_label_through_the_label(self):
+        alpha_bar, asked = ddpm.noise_schedule("linear", 10), []
+        def net(x, t, y):
+            asked.append(y.tolist())
+            return torch.where(y == ddpm.NULL, 0.1, 0.2).view(-1, 1, 1, 1).expand_as(x)
+        x, y = torch.zeros(2, 1, 2, 2), torch.tensor([3, 7])
+        for guidance, known, questions in ((0, 0.1, 1), (1, 0.2, 1), (1.5, 0.25, 2), (3, 0.4, 2)):
+            asked.clear()
+            x0_hat = ddpm.predict_x0(net, x, 5, y=y, alpha_bar=alpha_bar, predict="x0", guidance=guidance)
+            torch.testing.assert_close(x0_hat, torch.full_like(x, known))
+            self.assertEqual(len(asked), questions)  # the second evaluation only where it counts
+
+    def draw(self, n=3, config=GREY, **options):
+        torch.manual_seed(0)
+        net = ddpm.build(config)
+        for parameter in net.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        y = torch.arange(n) % 10
+        return ddpm.draw(net, config, y, **options)
+
+    def test_the_steps_start_at_T_and_fall_for_every_number_of_steps(self):
+        for steps in range(1, 21):
+            seen = []
+            def predict_x0(net, x, t, **options):
+                seen.append(t)
+                return torch.zeros_like(x)
+            with mock.patch("ddpm.predict_x0", predict_x0):
+                self.draw(1, steps=steps)
+            self.assertEqual(len(seen), steps)
+            self.assertEqual(seen[0], 20)
+            self.assertTrue(all(a > b for a, b in zip(seen, seen[1:] + [0])), seen)
+
+    def test_a_seed_is_a_picture_whatever_else_is_drawn(self):
+        few, many, other = self.draw(3), self.draw(260, steps=20), self.draw(3, seed=1)
+        self.assertLessEqual((few[-1].int() - many[-1, :3].int()).abs().max(), 1)
+        self.assertTrue(torch.equal(few, self.draw(3)))
+        self.assertGreater((few[-1].int() - other[-1].int()).abs().float().mean(), 5)
+        self.assertFalse(torch.equal(many[-1, 0], many[-1, 250]))        # batches do not repeat
+
+    def test_ddpm_draws_new_noise_at_each_step_and_ddim_none(self):
+        for sampler, none in (("ddpm", False), ("ddim", True), ("dpm", True)):
+            generators = streams(1)
+            before = generators[0].get_state()
+            last(ddpm.denoise(lambda x, t: x * 0, torch.ones(1, 1, 2, 2), [9, 4, 0],
+                              ddpm.noise_schedule("cosine", 9), generators, sampler))
+            self.assertEqual(torch.equal(before, generators[0].get_state()), none, sampler)
+
+    def test_the_film_has_the_frames_asked_for_and_ends_in_the_sample(self):
+        film = self.draw(2, frames=7)
+        self.assertEqual((film.shape, film.dtype), ((7, 2, 1, 28, 28), torch.uint8))
+        self.assertTrue(torch.equal(film[-1], self.draw(2)[-1]))
+        self.assertEqual(len(self.draw(1, frames=40, steps=5)), 5)
+
+    def test_colour_comes_out_of_a_colour_net(self):
+        self.assertEqual(self.draw(2, {**GREY, "channels": 3, "size": 32}).shape, (1, 2, 3, 32, 32))
+
+
+class Pictures(Folder):
+    def test_grey_levels_survive_the_way_there_and_back(self):
+        levels = torch.arange(256, dtype=torch.uint8)
+        self.assertTrue(torch.equal(ddpm.to_uint8(levels / 127.5 - 1), levels))
+        self.assertEqual(ddpm.to_uint8(torch.tensor([-1.7, 1.7])).tolist(), [0, 255])
+
+    def test_a_grid_keeps_order_levels_and_channels(self):
+        images = (torch.arange(6, dtype=torch.uint8) * 40).view(6, 1, 1, 1).expand(6, 1, 28, 28)
+        sheet = ddpm.grid(images, 3)
+        self.assertEqual(sheet.mode, "L")
+        k = sheet.width // 92                        # 3 pictures of 28 and 4 gaps of 2
+        self.assertEqual(sheet.size, (92 * k, 62 * k))
+        centres = [sheet.getpixel(((16 + 30 * (i % 3)) * k, (16 + 30 * (i // 3)) * k)) for i in range(6)]
+        self.assertEqual(centres, [0, 40, 80, 120, 160, 200])
+        self.assertEqual(ddpm.grid(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), 2).mode, "RGB")
+
+    def test_a_gif_has_all_its_frames_exact_levels_a_held_end_and_loops(self):
+        frames = [Image.frombytes("L", (16, 16), bytes((7 * i + j) % 256 for j in range(256))) for i in range(9)]
+        ddpm.write_gif("a.gif", frames, ms=50, hold=2000)
+        with Image.open("a.gif") as gif:
+            self.assertEqual((gif.n_frames, gif.info["loop"]), (9, 0))
+            for i, frame in enumerate(frames):
+                gif.seek(i)
+                self.assertEqual(gif.convert("L").tobytes(), frame.tobytes())
+                self.assertEqual(gif.info["duration"], 2000 if i == 8 else 50)
+
+    def test_equal_frames_lose_no_time(self):
+        frames = [Image.new("L", (8, 8), level) for level in (0, 0, 90, 90)]
+        ddpm.write_gif("a.gif", frames, ms=50, hold=500)
+        with Image.open("a.gif") as gif:
+            total = 0
+            for i in range(gif.n_frames):
+                gif.seek(i)
+                total += gif.info["duration"]
+        self.assertEqual(total, 3 * 50 + 500)
+
+    def test_a_file_is_written_whole_or_not_at_all(self):
+        def fail(file):
+            file.write(b"half")
+            raise OSError("No space left on device")
+        ddpm.write("deep/er/file", lambda file: file.write(b"whole"))
+        with self.assertRaises(OSError):
+            ddpm.write("deep/er/file", fail)
+        self.assertEqual(Path("deep/er/file").read_bytes(), b"whole")
+
+    def test_the_curve_of_a_falling_loss_falls(self):
+        image = ddpm.draw_curve([1 / (1 + i / 50) for i in range(5000)])
+        rows = [min(y for y in range(40, 360) if image.getpixel((x, y)) < 128) for x in (5, 200, 400, 630)]
+        self.assertEqual(rows, sorted(rows))
+        self.assertGreater(rows[-1] - rows[0], 250)
+        ddpm.draw_curve([0.5])
+
+    def test_a_pipe_gets_whole_lines_with_the_time_left(self):
+        with contextlib.redirect_stderr(io.StringIO()) as err, mock.patch("ddpm.status.shown", 0):
+            ddpm.status(0.25, ddpm.monotonic() - 30, "step 5")
+            ddpm.status(0.26, ddpm.monotonic() - 30, "too soon")
+        self.assertEqual(err.getvalue(), "step 5 · 1:30 left\n")
+
+
+class Data(Folder):
+    def test_glyphs_are_readable_digits_made_offline_and_the_same_each_time(self):
+        began = time.monotonic()
+        images, labels, classes = ddpm.load_data("glyphs")
+        self.assertLess(time.monotonic() - began, 10)
+        self.assertEqual((images.shape, images.dtype), ((10_000, 1, 28, 28), torch.uint8))
+        self.assertEqual(classes, list("0123456789"))
+        self.assertGreater(labels.bincount().min(), 800)
+        self.assertTrue(torch.equal(images, ddpm.load_data("glyphs")[0]))
+        self.assertLess(images[:, :, 0].float().mean(), 2)               # black at the edge
+        self.assertGreater(images.amax((1, 2, 3)).min(), 150)            # and none of them empty
+        test, answers, _ = ddpm.load_data("glyphs", train=False)
+        means = torch.stack([images[labels == k].float().mean(0).flatten() for k in range(10)])
+        nearest = torch.cdist(test.float().flatten(1), means).argmin(1)
+        self.assertGreater((nearest == answers).float().mean(), 0.4)     # a chance reader has 0.1
+
+    def tiny_mnist(self, n=20):
+        raw = Path("here/MNIST/raw")
+        raw.mkdir(parents=True)
+        for name in ("train", "t10k"):
+            (raw / f"{name}-images-idx3-ubyte").write_bytes(
+                struct.pack(">IIII", 2051, n, 28, 28) + bytes(i % 251 for i in range(n * 784)))
+            (raw / f"{name}-labels-idx1-ubyte").write_bytes(
+                struct.pack(">II", 2049, n) + bytes(i % 10 for i in range(n)))
+
+    def test_mnist_is_read_from_torchvisions_files_without_a_download(self):
+        self.tiny_mnist()
+        images, labels, classes = ddpm.load_data("mnist", "here")
+        self.assertEqual((images.shape, images.dtype), ((20, 1, 28, 28), torch.uint8))
+        self.assertEqual(images.flatten()[:300].tolist(), [i % 251 for i in range(300)])
+        self.assertEqual(labels.tolist(), [i % 10 for i in range(20)])
+        self.assertEqual(classes, list("0123456789"))
+
+    def test_without_a_network_one_line_says_where_it_looked_and_what_to_do(self):
+        with mock.patch("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"]):
+            for command in ("train", "forward"):
+                self.refuses("--dataset glyphs", command, "--data", "nowhere", status=1)
+
+
+class Checkpoints(Folder):
+    def test_the_file_alone_rebuilds_the_net(self):
+        self.train("--schedule", "linear", "--predict", "eps")
+        net, config = ddpm.load_net("runs/glyphs/ddpm.pt", "cpu")
+        saved = torch.load("runs/glyphs/ddpm.pt", weights_only=True)
+        self.assertEqual((config["schedule"], config["predict"], config["T"]), ("linear", "eps", 20))
+        for name, value in net.state_dict().items():
+            self.assertTrue(torch.equal(value, saved["ema"][name]), name)
+
+    def test_a_checkpoint_that_is_none_is_refused_and_no_code_in_it_runs(self):
+        class Bomb:
+            def __reduce__(self):
+                return open, ("ran", "w")
+        self.train()
+        whole = Path("runs/glyphs/ddpm.pt").read_bytes()
+        Path("empty.pt").write_bytes(b"")
+        Path("text.pt").write_text("not a checkpoint")
+        Path("bomb.pt").write_bytes(pickle.dumps(Bomb()))
+        torch.save({"format": ddpm.FORMAT, "bomb": Bomb()}, "zipped.pt")
+        torch.save({"weights": torch.zeros(3)}, "other.pt")
+        for k in range(1, 8):
+            Path(f"cut{k}.pt").write_bytes(whole[:len(whole) * k // 8])
+        for path in sorted(Path().glob("*.pt")):
+            self.refuses("is not a checkpoint", "sample", "--ckpt", path)
+        self.refuses("no checkpoint", "sample", "--ckpt", "missing.pt")
+        self.refuses("no checkpoint", "sample", "--ckpt", "runs")
+        self.assertFalse(Path("ran").exists())
+
+    def test_sample_takes_the_newest_run_and_says_which(self):
+        self.train("--out", "runs/old")
+        self.train("--out", "runs/new")
+        os.utime("runs/old/ddpm.pt", (1, 1))
+        self.assertIn("runs/new/ddpm.pt", self.run_main("sample", "--steps", 2)[1])
+
+
+class Training(Folder):
+    def test_the_average_starts_as_the_net_and_soon_forgets_it(self):
+        net, averaged = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+        for layer in (net, averaged):
+            nn.init.constant_(layer.weight, 8.0)
+        net.weight.data.zero_()
+        known = 8.0
+        for step in range(50):
+            ddpm.update_average(averaged, net, step, 0.999)
+            known *= min(0.999, (1 + step) / (10 + step))
+            self.assertAlmostEqual(averaged.weight.item(), known, places=5)
+        self.assertLess(known, 1e-4)                 # a plain 0.999 would still be at 7.6
+
+    def test_a_run_leaves_its_files_and_says_where(self):
+        out = self.train("--out", "my run", steps=20)
+        for name in ("ddpm.pt", "log.csv", "loss.png", "samples-000000.png", "samples-000020.png"):
+            self.assertTrue(Path("my run", name).exists(), name)
+            self.assertIn(name, out)
+        self.assertEqual(len(list(Path("my run").glob("samples-*.png"))), 11)
+        self.assertEqual(list(Path("my run").glob("*.part")), [])
+        with Image.open("my run/samples-000020.png") as sheet:
+            self.assertEqual(sheet.size, (604, 304)) # ten digits, five rows, twice as large
+
+    def test_the_log_has_a_row_a_step_and_a_rate_that_warms_up_and_ends_near_zero(self):
+        self.train("--lr", 0.01, steps=200)
+        with open("runs/glyphs/log.csv") as file:
+            rows = list(csv.DictReader(file))
+        self.assertEqual([int(row["step"]) for row in rows], list(range(1, 201)))
+        rates = [float(row["lr"]) for row in rows]
+        self.assertAlmostEqual(rates[0], 0.01 / 100)
+        self.assertAlmostEqual(rates[-1], 0.01 / 200)
+        self.assertTrue(0.004 < max(rates) < 0.01)
+        self.assertTrue(all(math.isfinite(float(row["loss"])) for row in rows))
+
+    def test_epochs_go_through_the_data_and_leave_samples_each(self):
+        few = ddpm.glyphs(train=False)
+        few.data, few.targets = few.data[:10], few.targets[:10]
+        with mock.patch.dict(ddpm.DATASETS, glyphs=lambda *args, **options: few):
+            status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--T", 20,
+                                             "--epochs", 3, "--batch-size", 4)
+        self.assertEqual(status, 0, err)
+        self.assertEqual([path.name for path in sorted(Path("runs/glyphs").glob("samples*"))],
+                         [f"samples-{step:06}.png" for step in (0, 3, 6, 9)])
+
+    def test_minutes_are_minutes_and_the_rate_follows_them_to_zero(self):
+        began = time.monotonic()
+        status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--minutes", 0.05)
+        self.assertEqual(status, 0, err)
+        self.assertTrue(3 <= time.monotonic() - began < 12)
+        with open("runs/glyphs/log.csv") as file:
+            rows = list(csv.DictReader(file))
+        self.assertLess(float(rows[-1]["lr"]), 0.2 * max(float(row["lr"]) for row in rows))
+
+    def interrupt_at(self, step, number):
+        """Have a signal arrive in the middle of a step."""
+        average = ddpm.update_average
+        def update_average(averaged, net, at, ema):
+            average(averaged, net, at, ema)
+            if at == step:
+                os.kill(os.getpid(), number)
+        return mock.patch("ddpm.update_average", update_average)
+
+    def test_a_run_that_was_interrupted_and_resumed_is_bit_for_bit_the_run_that_was_not(self):
+        self.train("--out", "straight", "--label-drop", 0.3, steps=9)
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            with self.subTest(code=code), self.interrupt_at(3, number):
+                status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--batch-size", 4,
+                                                 "--T", 20, "--steps", 9, "--label-drop", 0.3, "--out", f"r{code}")
+                self.assertEqual(status, code)
+                self.assertIn("--resume", out)
+            self.assertEqual(torch.load(f"r{code}/ddpm.pt", weights_only=True)["step"], 4)
+            status, out, err = self.run_main("train", "--resume", "--out", f"r{code}")
+            self.assertEqual(status, 0, err)
+            a, b = (torch.load(f"{run}/ddpm.pt", weights_only=True) for run in ("straight", f"r{code}"))
+            for part in ("net", "ema"):
+                for name in a[part]:
+                    self.assertTrue(torch.equal(a[part][name], b[part][name]), name)
+            self.assertEqual([(row[0], row[2], row[3]) for row in a["log"]],
+                             [(row[0], row[2], row[3]) for row in b["log"]])
+        self.assertEqual(signal.getsignal(signal.SIGINT), signal.default_int_handler)
+
+    def test_a_resumed_run_may_get_a_longer_budget_but_no_other_net(self):
+        self.train("--cond", "none")
+        for flags in (("--T", 30), ("--width", 16), ("--schedule", "linear"), ("--cond", "class"), ("--predict", "eps")):
+            self.refuses(flags[0][2:], "train", "--resume", "--dataset", "glyphs", *flags)
+        status, out, err = self.run_main("train", "--resume", "--out", "runs/glyphs", "--steps", 4, "--lr", 0.01)
+        self.assertEqual(status, 0, err)
+        self.assertEqual(torch.load("runs/glyphs/ddpm.pt", weights_only=True)["step"], 4)
+
+    def test_a_resumed_run_refuses_pictures_of_another_shape(self):
+        self.train()
+        large = ddpm.glyphs(train=False)
+        large.data = nn.functional.pad(large.data, (2, 2, 2, 2))
+        with mock.patch.dict(ddpm.DATASETS, glyphs=lambda *args, **options: large):
+            self.refuses("size is 28", "train", "--resume", "--dataset", "glyphs")
+
+    def test_a_fresh_run_never_overwrites_another(self):
+        self.train()
+        before = Path("runs/glyphs/ddpm.pt").read_bytes()
+        self.refuses("--resume", "train", "--dataset", "glyphs")
+        self.assertEqual(Path("runs/glyphs/ddpm.pt").read_bytes(), before)
+
+    def test_a_loss_that_is_no_number_stops_the_run(self):
+        with mock.patch("ddpm.diffusion_loss", lambda net, *args: net.last.bias.sum() * math.nan):
+            status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--steps", 3)
+        self.assertEqual(status, 2)
+        self.assertIn("the loss is nan at step 1", err)
+        self.assertEqual(ddpm.load("runs/glyphs/ddpm.pt")["step"], 0)    # the last good one is kept
+
+    def test_without_labels_the_net_has_one_row_for_all(self):
+        self.train("--cond", "none")
+        saved = torch.load("runs/glyphs/ddpm.pt", weights_only=True)
+        self.assertEqual((len(saved["net"]["label.weight"]), saved["config"]["classes"]), (1, []))
+        status, out, err = self.run_main("sample", "--n", 2, "--steps", 2, "--raw", "raw.pt")
+        self.assertEqual(status, 0, err)
+        self.assertEqual(torch.load("raw.pt", weights_only=True)["labels"].tolist(), [-1] * 20)
+        self.refuses("no labels", "sample", "--digit", 3)
+
+
+class TheCommandLine(Folder):
+    def command(self, *argv):
+        return subprocess.run([sys.executable, PROGRAM, *map(str, argv)], capture_output=True, text=True, timeout=120)
+
+    def test_train_then_sample_as_a_user_would(self):
+        done = self.command("train", "--dataset", "glyphs", "--width", 8, "--T", 30, "--steps", 3)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        done = self.command("sample", "--digit", 5, "--gif", "--device", "cpu")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stdout.split()[-2:], ["samples.png", "samples.gif"])
+        with Image.open("samples.gif") as gif:
+            self.assertTrue(15 <= gif.n_frames <= 41)
+            self.assertEqual(gif.info["loop"], 0)
+
+    def test_forward_shows_each_digit_on_its_way_to_noise(self):
+        done = self.command("forward", "--dataset", "glyphs", "--schedule", "linear", "--T", 300, "--gif")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        with Image.open("forward.png") as sheet:
+            self.assertEqual(sheet.size, ((11 * 30 + 2) * 2, (10 * 30 + 2) * 2))
+            clean, noisy = (sheet.crop((x, 4, x + 56, 60)) for x in (4, 604))
+            self.assertGreater(len(set(noisy.tobytes())), 100)
+            self.assertEqual(clean.tobytes()[0], 0)
+        with Image.open("forward.gif") as gif:
+            self.assertEqual(gif.n_frames, 41)
+
+    def test_help_of_every_command_tells_each_flag(self):
+        self.assertEqual(self.run_main("--help")[0], 0)
+        for command in ("train", "sample", "forward"):
+            status, out, err = self.run_main(command, "--help")
+            self.assertEqual(status, 0)
+            self.assertIn("--seed", out)
+
+    def test_digits_come_in_the_order_asked_for(self):
+        self.train()
+        self.run_main("sample", "--digit", 3, 1, 4, "--n", 2, "--steps", 2, "--raw", "raw.pt", "--out", "a b/ü.png")
+        raw = torch.load("raw.pt", weights_only=True)
+        self.assertEqual(raw["labels"].tolist(), [3, 1, 4, 3, 1, 4])
+        self.assertEqual((raw["images"].shape, raw["images"].dtype), ((6, 1, 28, 28), torch.uint8))
+        with Image.open("a b/ü.png") as sheet:
+            self.assertGreater(sheet.width, sheet.height)
+        self.run_main("sample", "--steps", 2, "--n", 1, "--raw", "raw.pt")
+        self.assertEqual(torch.load("raw.pt", weights_only=True)["labels"].tolist(), list(range(10)))
+
+    def test_the_five_systems_are_flags(self):
+        for i, flags in enumerate((
+                ("--schedule", "linear", "--loss", "l1", "--predict", "eps", "--T", 1000),
+                ("--schedule", "cosine", "--loss", "l1", "--predict", "eps", "--grad-clip", 1, "--lr", 1e-4),
+                ("--cond", "none", "--T", 300, "--schedule", "linear", "--loss", "l2", "--predict", "eps"),
+                ("--schedule", "linear", "--loss", "l2", "--predict", "eps", "--batch-size", 48))):
+            status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--steps", 1,
+                                             "--out", f"runs/{i}", *flags)
+            self.assertEqual(status, 0, err)
+            for sampler in ddpm.SAMPLERS:
+                status, out, err = self.run_main("sample", "--ckpt", f"runs/{i}/ddpm.pt", "--sampler", sampler,
+                                                 "--steps", 3)
+                self.assertEqual(status, 0, err)
+
+    def test_flags_out_of_range_are_told_their_range(self):
+        for flag, bad in (("--T", 1), ("--T", "x"), ("--steps", 0), ("--lr", -1), ("--lr", "nan"), ("--lr", 0),
+                          ("--batch-size", 0), ("--width", 0), ("--epochs", 0), ("--minutes", "inf"), ("--ema", 1),
+                          ("--label-drop", 1.1), ("--grad-clip", -1), ("--seed", -1), ("--loss", "l3"),
+                          ("--dataset", "imagenet"), ("--schedule", ""), ("--nothing", 1)):
+            self.refuses(flag, "train", flag, bad)
+        for flag, bad in (("--guidance", -1), ("--guidance", "nan"), ("--eta", 2), ("--n", 0), ("--steps", -3),
+                          ("--sampler", "euler")):
+            self.refuses(flag, "sample", flag, bad)
+        self.refuses("in 2..100000", "train", "--T", 1)
+        self.refuses("divisible by 8", "train", "--dataset", "glyphs", "--width", 12)
+        self.refuses("one of", "train", "--steps", 3, "--epochs", 2)
+
+    def test_what_the_net_cannot_draw_is_refused(self):
+        self.refuses("no checkpoint", "sample")
+        self.train()
+        self.refuses("knows 0, 1, 2", "sample", "--digit", 11)
+        self.refuses("T = 20", "sample", "--steps", 21)
+        self.refuses("--eta", "sample", "--eta", 0.5, "--sampler", "dpm")
+        self.refuses("no device", "sample", "--device", "abacus")
+        if not torch.cuda.is_available():
+            self.refuses("no device cuda", "train", "--dataset", "glyphs", "--device", "cuda")
+
+    def test_a_place_that_cannot_be_written_is_told_before_the_work(self):
+        self.train()
+        Path("file").write_text("kept")
+        self.refuses("file", "train", "--dataset", "glyphs", "--width", 8, "--out", "file/run")
+        self.refuses("file", "sample", "--steps", 2, "--out", "file/a.png")
+        self.refuses(".png", "sample", "--steps", 2, "--out", "a.jpg")
+        self.assertEqual(Path("file").read_text(), "kept")
+
+
+if __name__ == "__main__":
+    unittest.main()
