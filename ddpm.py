@@ -8,17 +8,13 @@
     python ddpm.py sample --digit 5 --gif   draw a five, and the film of how it comes out of noise
     python ddpm.py forward --gif            see digits turn into noise: what a schedule does
 
-The idea: mix a picture x0 with Gaussian noise eps, x_t = signal_rate·x0 + noise_rate·eps, a little
-at t = 1, wholly at t = T (section 2). Train a net to tell the two apart again (3, 4). Then start
-from pure noise and go from T down to 0, each step towards what the net takes x0 to be (5).
-
-Papers: DDPM, Ho et al. 2020 (both Algorithms). DDIM, Song et al. 2021. DPM-Solver++, Lu et al. 2022.
-Cosine schedule, Nichol & Dhariwal 2021; sigmoid, Jabri et al. 2022. Predicting v, Salimans & Ho 2022.
-Classifier-free guidance, Ho & Salimans 2022. Left out, for each costs a reader more than it gives:
-learned variances (eta does their work), latent space (digits are small), text (ten words), distillation.
+The idea: mix a picture x0 with Gaussian noise eps, a little at t = 1, wholly at t = T (section 2).
+Train a net to tell the two apart again (3, 4). Then start from pure noise and go from T down to 0,
+each step towards what the net takes the picture to be (5). Papers are named where they are used.
+Left out, for each costs a reader more than it gives: learned variances (eta does their work), latent
+space (digits are small), text (digits have ten words), distillation. Licence: MIT.
 """
-import argparse, contextlib, copy, inspect, io, itertools, math, os, shutil, signal, sys
-import types, warnings
+import argparse, contextlib, copy, inspect, itertools, math, os, shutil, signal, sys, types, warnings
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -283,20 +279,26 @@ def write_gif(path, frames, ms=80, hold=2000):
     write(path, frames[0].save, format="GIF", save_all=True, append_images=frames[1:], loop=0,
           duration=durations)
 
+def write_pictures(out, images, columns, film=()):
+    """Write a grid of pictures uint8 (n,C,H,W) as a PNG, and a film of such as the GIF beside it."""
+    write(out, grid(images, columns).save, format="PNG")
+    print(out)
+    if len(film):
+        write_gif(Path(out).with_suffix(".gif"), [grid(frame, columns) for frame in film])
+        print(Path(out).with_suffix(".gif"))
+
 def draw_curve(losses):
     """Draw the loss over the steps on a log scale, each pixel the mean of its steps: a PIL image."""
     parts = torch.tensor(losses).tensor_split(min(640, len(losses)))
-    logs = torch.stack([part.mean() for part in parts]).log()
-    low, high = logs.min().item(), logs.max().item()
-    heights = 340 - 300 * (logs - low) / max(high - low, 1e-9)
-    places = [(640 * i / len(logs), height) for i, height in enumerate(heights.tolist())]
-    image, text = Image.new("L", (640, 360), 255), f"{math.exp(low):.3g} .. {math.exp(high):.3g}"
-    ImageDraw.Draw(image).line(places, fill=0, width=2)
-    ImageDraw.Draw(image).text((180, 10), f"loss, log scale, {text} over {len(losses):,} steps",
-                               fill=0, font=ImageFont.load_default(14))
+    logs = torch.stack([part.mean().log() for part in parts])
+    heights = 340 - 300 * (logs - logs.min()) / (logs.max() - logs.min() + 1e-9)
+    image, (low, high) = Image.new("L", (640, 360), 255), (logs.min().exp(), logs.max().exp())
+    canvas = ImageDraw.Draw(image)
+    canvas.line([(640 * i / len(logs), y) for i, y in enumerate(heights.tolist())], fill=0, width=2)
+    canvas.text((180, 10), f"loss, log scale: {high:.3g} .. {low:.3g}, step {len(losses):,}", font_size=14)
     return image
 
-def status(done, began, text):
+def status(done, began, text=""):
     """Show a text and the time left on stderr, at a share done in 0..1 of what began at that time:
     in a terminal a line that is redrawn, blank at last; elsewhere a new line every ten seconds."""
     terminal, left = sys.stderr.isatty(), (monotonic() - began) * (1 - done) / max(done, 1e-9)
@@ -333,7 +335,7 @@ def load_data(dataset, data="data", train=True):
     """Load a data set; what is not in the folder `data` is downloaded into it. Raises OSError.
     Returns images uint8 (N,C,H,W), labels int64 (N,), the names of the classes."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):                  # it tells of each mirror
+        with contextlib.redirect_stdout(None):                  # it tells of each mirror
             found = DATASETS[dataset](data, train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise OSError(f"{dataset} is not in {Path(data).resolve()} and can't be downloaded there "
@@ -346,14 +348,13 @@ def load_data(dataset, data="data", train=True):
 # Tensors, numbers and strings only, so loading runs no code; of random state (seed, step) is all.
 
 FORMAT = "ddpm.py checkpoint 1"
-FIXED = ("dataset", "cond", "T", "schedule", "predict", "width", "channels", "size", "classes")
 
 def build(config):
     """The net that a config describes, untrained."""
     return UNet(config["size"], config["channels"], len(config["classes"]), config["width"])
 
 def load(path):
-    """Read a checkpoint: {format, config, step, seconds, log, net, ema, optimizer}. Raises Mistake."""
+    """Read a checkpoint: {format, config, flags, step, log, seconds, net, ema, optimizer}. Raises Mistake."""
     require(Path(path).is_file(), f"there is no checkpoint {path}: `ddpm.py train` makes one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -411,17 +412,17 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
     Writes ddpm.pt, log.csv, loss.png and samples-STEP.png (one an epoch, else ten in all) into the
     folder out. The budget is epochs, steps or minutes; the learning rate falls to 0 over it. resume
     is a checkpoint, as from `load`, to go on from. Returns the exit status."""
-    config = {k: v for k, v in locals().items() if k not in ("out", "device", "resume")}
-    device, out = pick_device(device), Path(out or Path("runs", dataset))
+    flags = {k: v for k, v in locals().items() if k not in ("out", "device", "resume")}
+    device, out = pick_device(device), Path(out or f"runs/{dataset}")
     require((epochs, steps, minutes).count(None) > 1, "give one of --epochs, --steps and --minutes")
     require(resume or not (out / "ddpm.pt").exists(),
             f"{out}/ddpm.pt exists: --resume goes on with it, --out names another folder")
     images, labels, classes = load_data(dataset, data)
-    config |= {"channels": images.shape[1], "size": images.shape[2],
-               "classes": classes if cond == "class" else []}
-    for key in FIXED if resume else ():
-        require(config[key] == resume["config"][key],
-                f"{key} is {resume['config'][key]} in {out}/ddpm.pt, it can't become {config[key]}")
+    config = {"dataset": dataset, "T": T, "schedule": schedule, "predict": predict, "width": width,
+              "cond": cond, "channels": images.shape[1], "size": images.shape[2],
+              "classes": classes if cond == "class" else []}
+    for key, value in resume["config"].items() if resume else ():
+        require(config[key] == value, f"{key} is {value} in {out}/ddpm.pt, it can't be {config[key]}")
     torch.manual_seed(seed)
     net = build(config).to(device)
     averaged, step, log, began = copy.deepcopy(net), 0, [], monotonic()
@@ -449,8 +450,8 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
             if ended or mark != last_mark:           # also at once: is the folder fit to be written?
                 status(1, began, "")
                 states = {name: part.state_dict() for name, part in parts.items()}
-                save_run(out, {"format": FORMAT, "config": config, "step": step, "log": log,
-                               "seconds": seconds, **states}, averaged)
+                save_run(out, {"format": FORMAT, "config": config, "flags": flags, "step": step,
+                               "log": log, "seconds": seconds, **states}, averaged)
             if ended or done == 1:
                 break
             x0, y, t, eps = training_batch(images, labels, step, batch_size=batch_size, T=T, seed=seed,
@@ -476,8 +477,8 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
 # ---- 11. The command line ------------------------------------------------------------------------
 # A command is a function; its flags are the function's arguments, their defaults stand there.
 
-def sample(*, ckpt=None, digit=None, n=None, out="samples.png", gif=False, raw=None, sampler="dpm",
-           steps=None, eta=None, guidance=1.5, seed=0, device=None):
+def sample(*, ckpt=None, digit=None, n=None, out="samples.png", gif=False, raw=None, device=None,
+           **drawing):
     """Draw pictures with a trained net: a PNG, and on demand a GIF of how they come out of noise."""
     net, config = load_net(ckpt, device)
     names = config["classes"]
@@ -486,13 +487,8 @@ def sample(*, ckpt=None, digit=None, n=None, out="samples.png", gif=False, raw=N
         require(name in names, f"--digit {name}: this net knows {', '.join(names)}")
     row = [names.index(name) for name in digit or names] or [NULL] * 10
     y = torch.tensor(row * (n or (1 if digit else 10)))
-    film = draw(net, config, y, sampler=sampler, steps=steps, eta=eta, guidance=guidance, seed=seed,
-                frames=40 if gif else 1)
-    write(out, grid(film[-1], len(row)).save, format="PNG")
-    print(out)
-    if gif:
-        write_gif(Path(out).with_suffix(".gif"), [grid(images, len(row)) for images in film])
-        print(Path(out).with_suffix(".gif"))
+    film = draw(net, config, y, frames=40 if gif else 1, **drawing)
+    write_pictures(out, film[-1], len(row), film if gif else ())
     if raw:
         write(raw, partial(torch.save, {"images": film[-1], "labels": y}))
         print(raw)
@@ -505,11 +501,7 @@ def forward(*, dataset="mnist", data="data", schedule="cosine", T=1000, out="for
     eps, alpha_bar = torch.randn(x0.shape, generator=stream(seed, 0)), noise_schedule(schedule, T)
     film = [to_uint8(q_sample(x0, torch.tensor([T * i // 40]), eps, alpha_bar)) for i in range(41)]
     rows = torch.stack(film[::4], dim=1).flatten(0, 1)                   # (K·11, C, H, W)
-    write(out, grid(rows, 11).save, format="PNG")
-    print(out)
-    if gif:
-        write_gif(Path(out).with_suffix(".gif"), [grid(images, 5) for images in film])
-        print(Path(out).with_suffix(".gif"))
+    write_pictures(out, rows, 11, film if gif else ())
 
 def between(kind, least, most):
     """An argparse type: a number of that kind in least..most."""
@@ -549,42 +541,40 @@ FLAGS = {
     "--guidance": dict(type=between(float, 0, 100), help="0 ignores labels, more overdoes them"),
     "--seed": dict(type=between(int, 0, 2**32 - 1), help="of all that is random")}
 
-UNFIT = (Mistake, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
-
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors take one line."""
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        raise Mistake(message)
 
 def main(argv=None):
     """Run a command line. Returns the exit status: 2 for the user's mistake, 1 for the world's."""
-    parser = Parser(prog="ddpm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="ddpm.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
+    warnings.simplefilter("ignore")                  # of libraries: a user gets one line or none
     for function in (train, sample, forward):
         command = commands.add_parser(function.__name__, help=function.__doc__.split("\n")[0],
                                       argument_default=argparse.SUPPRESS, description=function.__doc__)
         command.set_defaults(function=function)
-        for name, parameter in inspect.signature(function).parameters.items():
-            flag, default = "--" + name.replace("_", "-"), parameter.default
-            text = FLAGS[flag]["help"] + (f" ({default})" if default or default == 0 else "")
-            command.add_argument(flag, **FLAGS[flag] | {"help": text})
-    given = vars(parser.parse_args(argv))
-    function = given.pop("function")
-    warnings.simplefilter("ignore")                  # of libraries: an error is one line
+        arguments = inspect.signature(function).parameters
+        arguments = arguments | (inspect.signature(draw).parameters if "drawing" in arguments else {})
+        for flag, options in FLAGS.items():
+            if name := arguments.get(flag[2:].replace("-", "_")):
+                default = f" ({name.default})" if name.default not in (None, False) else ""
+                command.add_argument(flag, **options | {"help": options["help"] + default})
     try:
-        require(function is train or str(given.get("out", ".png")).endswith(".png"),
-                f"--out {given.get('out')}: it has to end in .png")
+        given = vars(parser.parse_args(argv))
+        function, out = given.pop("function"), given.get("out", ".png")
+        require(function is train or out.endswith(".png"), f"--out {out}: it has to end in .png")
         if "resume" in given:
-            given["out"] = Path(given.get("out", Path("runs", given.get("dataset", "mnist"))))
-            given["resume"] = load(given["out"] / "ddpm.pt")
+            given["out"] = given.get("out", f"runs/{given.get('dataset', 'mnist')}")
+            given["resume"] = load(Path(given["out"], "ddpm.pt"))
             if given.keys() & {"epochs", "steps", "minutes"}:
-                given["resume"]["config"].update(epochs=None, steps=None, minutes=None)
-            arguments = inspect.signature(train).parameters
-            given = {k: v for k, v in given["resume"]["config"].items() if k in arguments} | given
+                given["resume"]["flags"].update(epochs=None, steps=None, minutes=None)
+            given = given["resume"]["flags"] | given
         return function(**given)
     except (Mistake, OSError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, UNFIT) else 1
+        print(f"ddpm.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, OSError) and not error.filename else 2
     except KeyboardInterrupt:
         return 130
 
