@@ -14,7 +14,8 @@ each step towards what the net takes the picture to be (5). Papers are named whe
 Left out, for each costs a reader more than it gives: learned variances (eta does their work), latent
 space (digits are small), text (digits have ten words), distillation. Licence: MIT.
 """
-import argparse, contextlib, copy, inspect, itertools, math, os, shutil, signal, sys, types, warnings
+import argparse, contextlib, copy, inspect, itertools, math, os, re, shutil, signal, sys, types
+import warnings
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -226,11 +227,14 @@ def denoise(x0_at, x, ts, alpha_bar, generators, sampler="dpm", eta=None):
             x = x + sigma * gaussian(x.shape[1:], generators, x.device)
         yield x
 
-def draw(net, config, y, *, sampler="dpm", steps=None, eta=None, guidance=1.5, seed=0, frames=1):
+def draw(net, config, y, *, frames=1, sampler="dpm", steps=None, eta=None, guidance=1.5, seed=0):
     """Draw a picture for each label of y (n,), 250 at a time: uint8 (frames, n, C, H, W), the last
-    frame being the sample, the others evenly on the way. Picture i depends on (seed, i, y[i])."""
-    T, shape = config["T"], [config["channels"], config["size"], config["size"]]
-    steps = steps or min(T, SAMPLERS[sampler][2])
+    frame being the sample, the others evenly on the way. Picture i depends on (seed, i, y[i]).
+    sampler: Algorithm 2, DDIM or DPM-Solver++(2M); steps: how many from T to 0, if not said 20 for dpm,
+    50 for ddim, T for ddpm; eta: noise of ddim from 0 to 1, which is ddpm; guidance: 0 ignores the
+    label, 1 heeds it, more overdoes it; seed: of all that is random, 0 if not said."""
+    T, steps = config["T"], steps or min(config["T"], SAMPLERS[sampler][2])
+    shape = [config["net"][side] for side in ("channels", "size", "size")]
     require(steps <= T, f"--steps {steps}: this net knows T = {T} steps")
     require(eta is None or sampler == "ddim", f"--eta is for --sampler ddim, {sampler} has its own")
     ts = [T * i // steps for i in range(steps, -1, -1)]                  # from T to 0, evenly
@@ -258,7 +262,7 @@ def to_uint8(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 def write(path, save, **options):
-    """Write a file whole or not at all: save(file, **options) beside it, to disk, in its place."""
+    """Write a file, whole or not at all, by save(file, **options), and print its path."""
     path, part = Path(path), Path(f"{path}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "wb") as file:
@@ -266,6 +270,7 @@ def write(path, save, **options):
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+    print(path, flush=True)
 
 def grid(images, columns):
     """Lay pictures uint8 (n,C,H,W) out in rows: a PIL image, enlarged by a whole factor."""
@@ -282,10 +287,8 @@ def write_gif(path, frames, ms=80, hold=2000):
 def write_pictures(out, images, columns, film=()):
     """Write a grid of pictures uint8 (n,C,H,W) as a PNG, and a film of such as the GIF beside it."""
     write(out, grid(images, columns).save, format="PNG")
-    print(out)
     if len(film):
         write_gif(Path(out).with_suffix(".gif"), [grid(frame, columns) for frame in film])
-        print(Path(out).with_suffix(".gif"))
 
 def draw_curve(losses):
     """Draw the loss over the steps on a log scale, each pixel the mean of its steps: a PIL image."""
@@ -313,21 +316,18 @@ status.shown = 0.0
 # A data set is one uint8 tensor in memory: no loader, no workers, no waiting.
 
 def glyphs(root=None, train=True, download=False):
-    """Digits in Pillow's own font, in many weights, sizes, places, turns and slants; no download.
+    """Digits in Pillow's own font, in many sizes, weights, places, slants and turns; no download.
     As torchvision's sets: data uint8 (n,28,28), targets, classes; n = 10,000 to train on, or 1,000."""
-    n, random, shapes = 10_000 if train else 1_000, stream(0, int(train)), []
-    for digit, weight in itertools.product("0123456789", range(4)):
-        canvas, font = Image.new("L", (56, 56)), ImageFont.load_default(36)
-        ImageDraw.Draw(canvas).text((28, 28), digit, 255, font, anchor="mm", stroke_width=weight)
-        shapes.append(pil_to_tensor(canvas).float())
-    picks = torch.randint(len(shapes), (n,), generator=random)
-    size, slant, turn, right, down = torch.rand(5, n, generator=random) * 2 - 1
-    size, turn = 1 + 0.2 * size, 0.15 * turn         # affine: where in the shape a pixel comes from
-    affine = [size * turn.cos(), size * turn.sin() + 0.3 * slant, 0.15 * right,
-              size * -turn.sin(), size * turn.cos(), 0.15 * down]
-    places = F.affine_grid(torch.stack(affine, 1).view(n, 2, 3), [n, 1, 28, 28], align_corners=False)
-    data = F.grid_sample(torch.stack(shapes)[picks], places, align_corners=False)[:, 0]
-    return types.SimpleNamespace(data=data.round().byte(), targets=picks // 4, classes=list("0123456789"))
+    data, fonts, random = [], [ImageFont.load_default(size) for size in range(19, 28)], stream(train, 0)
+    for i, chance in enumerate(torch.rand(10_000 if train else 1_000, 6, generator=random).tolist()):
+        image, (size, weight, right, down, slant, turn) = Image.new("L", (28, 28)), chance
+        ImageDraw.Draw(image).text((12 + 4 * right, 12 + 4 * down), str(i % 10), 255, anchor="mm",
+                                   font=fonts[int(size * 9)], stroke_width=int(weight * 2))
+        lean = (1, 0.6 * slant - 0.3, 14 * (0.3 - 0.6 * slant), 0, 1, 0)          # x += lean·(y - 14)
+        image = image.transform((28, 28), Image.Transform.AFFINE, lean, Image.Resampling.BILINEAR)
+        data.append(pil_to_tensor(image.rotate(24 * turn - 12, Image.Resampling.BILINEAR)))
+    return types.SimpleNamespace(data=torch.cat(data), targets=torch.arange(len(data)) % 10,
+                                 classes=list("0123456789"))
 
 DATASETS = {"mnist": datasets.MNIST, "glyphs": glyphs}
 
@@ -349,10 +349,6 @@ def load_data(dataset, data="data", train=True):
 
 FORMAT = "ddpm.py checkpoint 1"
 
-def build(config):
-    """The net that a config describes, untrained."""
-    return UNet(config["size"], config["channels"], len(config["classes"]), config["width"])
-
 def load(path):
     """Read a checkpoint: {format, config, flags, step, log, seconds, net, ema, optimizer}. Raises Mistake."""
     require(Path(path).is_file(), f"there is no checkpoint {path}: `ddpm.py train` makes one")
@@ -369,7 +365,7 @@ def load_net(ckpt=None, device=None):
     runs = sorted(Path("runs").glob("*/ddpm.pt"), key=os.path.getmtime)
     path, device = ckpt or (runs[-1] if runs else "runs/mnist/ddpm.pt"), pick_device(device)
     checkpoint = load(path)
-    net, config = build(checkpoint["config"]), checkpoint["config"]
+    net, config = UNet(**checkpoint["config"]["net"]), checkpoint["config"]
     net.load_state_dict(checkpoint["ema"])
     print(f"net: {path} ({config['dataset']}, {checkpoint['step']:,} steps)")
     return net.to(device), config
@@ -394,14 +390,15 @@ def update_average(averaged, net, step, ema):
 
 def save_run(out, checkpoint, net):
     """Write ddpm.pt, log.csv, loss.png and samples-STEP.png: five rows, always of the same noise."""
-    log, config, step = checkpoint["log"], checkpoint["config"], checkpoint["step"]
+    log, step = checkpoint["log"], checkpoint["step"]
     rows = ["step,seconds,loss,lr,images/s"] + [",".join(map(str, row)) for row in log]
-    y = torch.arange(len(config["classes"]) or 10).repeat(5)
-    sheet = grid(draw(net, config, y)[-1], len(y) // 5)
-    write(out / "ddpm.pt", partial(torch.save, checkpoint))
-    write(out / "log.csv", lambda file: file.write("\n".join(rows + [""]).encode()))
-    write(out / "loss.png", draw_curve([row[2] for row in log] or [1.0]).save, format="PNG")
-    write(out / f"samples-{step:06}.png", sheet.save, format="PNG")
+    y = torch.arange(len(checkpoint["config"]["classes"]) or 10).repeat(5)
+    sheet = grid(draw(net, checkpoint["config"], y)[-1], len(y) // 5)
+    with contextlib.redirect_stdout(None):
+        write(out / "ddpm.pt", partial(torch.save, checkpoint))
+        write(out / "log.csv", lambda file: file.write("\n".join(rows + [""]).encode()))
+        write(out / "loss.png", draw_curve([row[2] for row in log] or [1.0]).save, format="PNG")
+        write(out / f"samples-{step:06}.png", sheet.save, format="PNG")
     print(f"step {step:,}: {out}/ddpm.pt, log.csv, loss.png, samples-{step:06}.png", flush=True)
 
 def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedule="cosine",
@@ -409,22 +406,32 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
           batch_size=32, lr=2e-3, ema=0.999, label_drop=0.1, grad_clip=1.0, seed=0, resume=None):
     """Train a net: by default ten minutes, on MNIST, to draw the digit that it is asked for.
 
-    Writes ddpm.pt, log.csv, loss.png and samples-STEP.png (one an epoch, else ten in all) into the
-    folder out. The budget is epochs, steps or minutes; the learning rate falls to 0 over it. resume
-    is a checkpoint, as from `load`, to go on from. Returns the exit status."""
+    Writes ddpm.pt, log.csv, loss.png and samples-STEP.png (one an epoch, else ten in all) into a
+    folder. The budget is epochs, steps or minutes; the learning rate falls to 0 over it. Returns the
+    exit status. dataset: what to learn to draw, glyphs needs no download; data: folder of the data
+    sets; out: folder of the run, runs/DATASET if not said; device: cpu, cuda, cuda:1, mps, if not said
+    the best there is; T: number of noise steps; schedule: how the noise grows over them; predict: what
+    the net answers; loss: how its error is measured; cond: whether it learns the labels; width:
+    channels of its finest maps, divisible by 8; epochs: budget in passes through the
+    data; steps: budget in updates; minutes: budget in wall time, 10 if none is said; batch_size:
+    pictures an update; lr: learning rate at its highest; ema: decay of the averaged weights;
+    label_drop: share of labels hidden, for guidance; grad_clip: longest gradient, 0 for any; seed: of
+    all that is random, 0 if not said; resume: go on with the run in out, as it was begun but for what
+    is said anew (to the function: a checkpoint, from `load`)."""
     flags = {k: v for k, v in locals().items() if k not in ("out", "device", "resume")}
     device, out = pick_device(device), Path(out or f"runs/{dataset}")
     require((epochs, steps, minutes).count(None) > 1, "give one of --epochs, --steps and --minutes")
     require(resume or not (out / "ddpm.pt").exists(),
             f"{out}/ddpm.pt exists: --resume goes on with it, --out names another folder")
     images, labels, classes = load_data(dataset, data)
-    config = {"dataset": dataset, "T": T, "schedule": schedule, "predict": predict, "width": width,
-              "cond": cond, "channels": images.shape[1], "size": images.shape[2],
-              "classes": classes if cond == "class" else []}
+    classes = classes if cond == "class" else []
+    config = {"dataset": dataset, "T": T, "schedule": schedule, "predict": predict, "classes": classes,
+              "net": {"size": images.shape[2], "channels": images.shape[1], "classes": len(classes),
+                      "width": width}}
     for key, value in resume["config"].items() if resume else ():
         require(config[key] == value, f"{key} is {value} in {out}/ddpm.pt, it can't be {config[key]}")
     torch.manual_seed(seed)
-    net = build(config).to(device)
+    net = UNet(**config["net"]).to(device)
     averaged, step, log, began = copy.deepcopy(net), 0, [], monotonic()
     optimizer = torch.optim.AdamW(net.parameters(), lr, fused=device.type != "mps")
     parts = {"net": net, "ema": averaged, "optimizer": optimizer}
@@ -455,7 +462,7 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
             if ended or done == 1:
                 break
             x0, y, t, eps = training_batch(images, labels, step, batch_size=batch_size, T=T, seed=seed,
-                                           label_drop=label_drop if config["classes"] else 1)
+                                           label_drop=label_drop if classes else 1)
             value = diffusion_loss(net, x0, y, t, eps, alpha_bar, predict, loss)
             optimizer.zero_grad()
             value.backward()
@@ -479,7 +486,12 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
 
 def sample(*, ckpt=None, digit=None, n=None, out="samples.png", gif=False, raw=None, device=None,
            **drawing):
-    """Draw pictures with a trained net: a PNG, and on demand a GIF of how they come out of noise."""
+    """Draw pictures with a trained net: a PNG, and on demand a GIF of how they come out of noise.
+
+    ckpt: checkpoint to draw with, of the newest run if not said; digit: classes of a row, in order, if
+    not said all; n: number of rows, 10, or 1 of a digit said; out: the PNG; gif: write a GIF beside
+    it; raw: .pt to write {images: uint8 (n,C,H,W), labels: int64 (n,), -1 for none} to; device: cpu,
+    cuda, cuda:1, mps, if not said the best there is."""
     net, config = load_net(ckpt, device)
     names = config["classes"]
     for name in digit or ():
@@ -495,7 +507,10 @@ def sample(*, ckpt=None, digit=None, n=None, out="samples.png", gif=False, raw=N
 
 def forward(*, dataset="mnist", data="data", schedule="cosine", T=1000, out="forward.png", gif=False,
             seed=0):
-    """Draw pictures on their way to noise: a row for each class, columns at t = 0, T/10 .. T."""
+    """Draw pictures on their way to noise: a row for each class, columns at t = 0, T/10 .. T.
+
+    dataset: what to draw; data: folder of the data sets; schedule: how the noise grows; T: number of
+    noise steps; out: the PNG; gif: write a GIF beside it; seed: of the noise, 0 if not said."""
     images, labels, classes = load_data(dataset, data)
     x0 = images[[labels.tolist().index(k) for k in range(len(classes))]] / 127.5 - 1
     eps, alpha_bar = torch.randn(x0.shape, generator=stream(seed, 0)), noise_schedule(schedule, T)
@@ -503,43 +518,25 @@ def forward(*, dataset="mnist", data="data", schedule="cosine", T=1000, out="for
     rows = torch.stack(film[::4], dim=1).flatten(0, 1)                   # (K·11, C, H, W)
     write_pictures(out, rows, 11, film if gif else ())
 
-def between(kind, least, most):
-    """An argparse type: a number of that kind in least..most."""
+def between(least, most):
+    """What argparse is to know of a number in least..most, of their type."""
     def number(text):
-        if not least <= kind(text) <= most:
+        value = type(most)(text)
+        if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"{text} is not in {least}..{most}")
-        return kind(text)
-    return number
+        return value
+    return {"type": number, "metavar": f"{least}..{most}"}
 
-FLAGS = {
-    "--dataset": dict(choices=DATASETS, help="what to learn to draw; glyphs needs no download"),
-    "--data": dict(help="folder of the data sets"),
-    "--out": dict(help="train: folder of the run (runs/DATASET); else the PNG to write"),
-    "--resume": dict(action="store_true", help="go on with the run in --out, with its own flags"),
-    "--device": dict(help="cpu, cuda, cuda:1, mps (the best there is)"),
-    "--T": dict(type=between(int, 2, 100_000), help="number of noise steps"),
-    "--schedule": dict(choices=SCHEDULES, help="how the noise grows over them"),
-    "--predict": dict(choices=["eps", "v", "x0"], help="what the net answers"),
-    "--loss": dict(choices=LOSSES, help="how its error is measured"),
-    "--cond": dict(choices=["class", "none"], help="whether it learns the labels"),
-    "--width": dict(type=between(int, 8, 1024), help="channels of its finest maps, divisible by 8"),
-    "--epochs": dict(type=between(int, 1, 10**6), help="train for so many times the data set"),
-    "--minutes": dict(type=between(float, 0.01, 10**6), help="train for so many minutes (10)"),
-    "--steps": dict(type=between(int, 1, 10**9), help="train: updates; sample: steps from T to 0"),
-    "--batch-size": dict(type=between(int, 1, 10**6), help="pictures an update"),
-    "--lr": dict(type=between(float, 1e-9, 10), help="learning rate at its highest"),
-    "--ema": dict(type=between(float, 0, 0.999999), help="decay of the averaged weights"),
-    "--label-drop": dict(type=between(float, 0, 1), help="share of labels hidden, for --guidance"),
-    "--grad-clip": dict(type=between(float, 0, 1e9), help="longest gradient, 0 for any"),
-    "--ckpt": dict(help="checkpoint to draw with (the newest run's)"),
-    "--digit": dict(nargs="+", help="digits of a row, in order (all)"),
-    "--n": dict(type=between(int, 1, 10**6), help="number of rows (10; 1 with --digit)"),
-    "--gif": dict(action="store_true", help="write a GIF too, beside the PNG"),
-    "--raw": dict(help=".pt to write images uint8 (n,C,H,W) and labels (-1: none) to"),
-    "--sampler": dict(choices=SAMPLERS, help="of Ho et al., DDIM, or DPM-Solver++(2M)"),
-    "--eta": dict(type=between(float, 0, 1), help="noise of ddim: 1 is ddpm (0)"),
-    "--guidance": dict(type=between(float, 0, 100), help="0 ignores labels, more overdoes them"),
-    "--seed": dict(type=between(int, 0, 2**32 - 1), help="of all that is random")}
+FLAGS = {  # what they mean stands in the docstrings, what they are by default in the signatures
+    "--dataset": {"choices": DATASETS}, "--data": {}, "--out": {}, "--resume": {"action": "store_true"},
+    "--device": {}, "--T": between(2, 100_000), "--schedule": {"choices": SCHEDULES},
+    "--predict": {"choices": ["eps", "v", "x0"]}, "--loss": {"choices": LOSSES},
+    "--cond": {"choices": ["class", "none"]}, "--width": between(8, 1024), "--epochs": between(1, 10**6),
+    "--steps": between(1, 10**9), "--minutes": between(0.01, 1e6), "--batch-size": between(1, 10**6),
+    "--lr": between(1e-9, 10.0), "--ema": between(0.0, 0.999999), "--label-drop": between(0.0, 1.0),
+    "--grad-clip": between(0.0, 1e9), "--ckpt": {}, "--digit": {"nargs": "+"}, "--n": between(1, 10**6),
+    "--gif": {"action": "store_true"}, "--raw": {}, "--sampler": {"choices": SAMPLERS},
+    "--eta": between(0.0, 1.0), "--guidance": between(0.0, 100.0), "--seed": between(0, 2**32 - 1)}
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors take one line."""
@@ -552,15 +549,17 @@ def main(argv=None):
     commands = parser.add_subparsers(required=True, metavar="command")
     warnings.simplefilter("ignore")                  # of libraries: a user gets one line or none
     for function in (train, sample, forward):
-        command = commands.add_parser(function.__name__, help=function.__doc__.split("\n")[0],
-                                      argument_default=argparse.SUPPRESS, description=function.__doc__)
+        arguments, doc = inspect.signature(function).parameters, inspect.getdoc(function)
+        if "drawing" in arguments:
+            arguments, doc = arguments | inspect.signature(draw).parameters, doc + inspect.getdoc(draw)
+        command = commands.add_parser(function.__name__, help=doc.split("\n")[0],
+                                      argument_default=argparse.SUPPRESS, description=doc.split("\n")[0])
         command.set_defaults(function=function)
-        arguments = inspect.signature(function).parameters
-        arguments = arguments | (inspect.signature(draw).parameters if "drawing" in arguments else {})
-        for flag, options in FLAGS.items():
+        meaning = dict(re.findall(r"(\w+): ([^;]+?)[;.]", doc.replace("\n", " ")))
+        for flag in FLAGS:
             if name := arguments.get(flag[2:].replace("-", "_")):
-                default = f" ({name.default})" if name.default not in (None, False) else ""
-                command.add_argument(flag, **options | {"help": options["help"] + default})
+                default = "" if name.default in (None, False) else f" ({name.default})"
+                command.add_argument(flag, help=meaning[name.name] + default, **FLAGS[flag])
     try:
         given = vars(parser.parse_args(argv))
         function, out = given.pop("function"), given.get("out", ".png")

@@ -5,6 +5,7 @@ ten naive lines, or a set of data whose best denoiser is known in closed form.
 """
 import contextlib
 import csv
+import inspect
 import io
 import math
 import os
@@ -25,9 +26,10 @@ from torch import nn
 
 import ddpm
 
+torch.set_num_threads(1)                             # nets this small gain nothing by more
 PROGRAM = Path(__file__).with_name("ddpm.py")
-GREY = {"dataset": "glyphs", "channels": 1, "size": 28, "classes": list("0123456789"), "cond": "class",
-        "T": 20, "schedule": "cosine", "predict": "v", "width": 8}
+GREY = {"dataset": "glyphs", "classes": list("0123456789"), "T": 20, "schedule": "cosine", "predict": "v",
+        "net": {"size": 28, "channels": 1, "classes": 10, "width": 8}}
 
 
 def streams(n):
@@ -64,7 +66,7 @@ class Folder(unittest.TestCase):
     def train(self, *argv, steps=2):
         """Train for a moment on glyphs with the smallest net."""
         status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--batch-size", 4,
-                                         "--T", 20, "--steps", steps, *argv)
+                                         "--T", 6, "--steps", steps, *argv)
         self.assertEqual(status, 0, err)
         return out
 
@@ -451,7 +453,7 @@ class Sampling(unittest.TestCase):
 
     def draw(self, n=3, config=GREY, **options):
         torch.manual_seed(0)
-        net = ddpm.build(config)
+        net = ddpm.UNet(**config["net"])
         for parameter in net.parameters():
             nn.init.normal_(parameter, std=0.2)
         y = torch.arange(n) % 10
@@ -491,7 +493,7 @@ class Sampling(unittest.TestCase):
         self.assertEqual(len(self.draw(1, frames=40, steps=5)), 5)
 
     def test_colour_comes_out_of_a_colour_net(self):
-        self.assertEqual(self.draw(2, {**GREY, "channels": 3, "size": 32}).shape, (1, 2, 3, 32, 32))
+        self.assertEqual(self.draw(2, GREY | {"net": GREY["net"] | {"channels": 3, "size": 32}}).shape, (1, 2, 3, 32, 32))
 
 
 class Pictures(Folder):
@@ -512,7 +514,8 @@ class Pictures(Folder):
 
     def test_a_gif_has_all_its_frames_exact_levels_a_held_end_and_loops(self):
         frames = [Image.frombytes("L", (16, 16), bytes((7 * i + j) % 256 for j in range(256))) for i in range(9)]
-        ddpm.write_gif("a.gif", frames, ms=50, hold=2000)
+        with contextlib.redirect_stdout(None):
+            ddpm.write_gif("a.gif", frames, ms=50, hold=2000)
         with Image.open("a.gif") as gif:
             self.assertEqual((gif.n_frames, gif.info["loop"]), (9, 0))
             for i, frame in enumerate(frames):
@@ -522,7 +525,8 @@ class Pictures(Folder):
 
     def test_equal_frames_lose_no_time(self):
         frames = [Image.new("L", (8, 8), level) for level in (0, 0, 90, 90)]
-        ddpm.write_gif("a.gif", frames, ms=50, hold=500)
+        with contextlib.redirect_stdout(None):
+            ddpm.write_gif("a.gif", frames, ms=50, hold=500)
         with Image.open("a.gif") as gif:
             total = 0
             for i in range(gif.n_frames):
@@ -534,9 +538,11 @@ class Pictures(Folder):
         def fail(file):
             file.write(b"half")
             raise OSError("No space left on device")
-        ddpm.write("deep/er/file", lambda file: file.write(b"whole"))
-        with self.assertRaises(OSError):
-            ddpm.write("deep/er/file", fail)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            ddpm.write("deep/er/file", lambda file: file.write(b"whole"))
+            with self.assertRaises(OSError):
+                ddpm.write("deep/er/file", fail)
+        self.assertEqual(out.getvalue().strip(), str(Path("deep/er/file")))
         self.assertEqual(Path("deep/er/file").read_bytes(), b"whole")
 
     def test_the_curve_of_a_falling_loss_falls(self):
@@ -595,9 +601,10 @@ class Data(Folder):
 class Checkpoints(Folder):
     def test_the_file_alone_rebuilds_the_net(self):
         self.train("--schedule", "linear", "--predict", "eps")
-        net, config = ddpm.load_net("runs/glyphs/ddpm.pt", "cpu")
+        with contextlib.redirect_stdout(None):
+            net, config = ddpm.load_net("runs/glyphs/ddpm.pt", "cpu")
         saved = torch.load("runs/glyphs/ddpm.pt", weights_only=True)
-        self.assertEqual((config["schedule"], config["predict"], config["T"]), ("linear", "eps", 20))
+        self.assertEqual((config["schedule"], config["predict"], config["T"]), ("linear", "eps", 6))
         for name, value in net.state_dict().items():
             self.assertTrue(torch.equal(value, saved["ema"][name]), name)
 
@@ -665,20 +672,23 @@ class Training(Folder):
         few = ddpm.glyphs(train=False)
         few.data, few.targets = few.data[:10], few.targets[:10]
         with mock.patch.dict(ddpm.DATASETS, glyphs=lambda *args, **options: few):
-            status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--T", 20,
+            status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--T", 6,
                                              "--epochs", 3, "--batch-size", 4)
         self.assertEqual(status, 0, err)
         self.assertEqual([path.name for path in sorted(Path("runs/glyphs").glob("samples*"))],
                          [f"samples-{step:06}.png" for step in (0, 3, 6, 9)])
 
-    def test_minutes_are_minutes_and_the_rate_follows_them_to_zero(self):
+    def test_minutes_are_minutes_and_the_rate_follows_the_clock_to_zero(self):
         began = time.monotonic()
-        status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--minutes", 0.05)
+        status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--minutes", 0.05, "--lr", 0.01)
         self.assertEqual(status, 0, err)
-        self.assertTrue(3 <= time.monotonic() - began < 12)
+        self.assertGreater(time.monotonic() - began, 3)
         with open("runs/glyphs/log.csv") as file:
             rows = list(csv.DictReader(file))
-        self.assertLess(float(rows[-1]["lr"]), 0.2 * max(float(row["lr"]) for row in rows))
+        for row in rows:
+            known = 0.01 * min(1, int(row["step"]) / 100) * (1 - float(row["seconds"]) / 3)
+            self.assertAlmostEqual(float(row["lr"]), known, delta=1e-5)
+        self.assertLess(float(rows[-1]["seconds"]), 3)
 
     def interrupt_at(self, step, number):
         """Have a signal arrive in the middle of a step."""
@@ -694,7 +704,7 @@ class Training(Folder):
         for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
             with self.subTest(code=code), self.interrupt_at(3, number):
                 status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--batch-size", 4,
-                                                 "--T", 20, "--steps", 9, "--label-drop", 0.3, "--out", f"r{code}")
+                                                 "--T", 6, "--steps", 9, "--label-drop", 0.3, "--out", f"r{code}")
                 self.assertEqual(status, code)
                 self.assertIn("--resume", out)
             self.assertEqual(torch.load(f"r{code}/ddpm.pt", weights_only=True)["step"], 4)
@@ -710,8 +720,9 @@ class Training(Folder):
 
     def test_a_resumed_run_may_get_a_longer_budget_but_no_other_net(self):
         self.train("--cond", "none")
-        for flags in (("--T", 30), ("--width", 16), ("--schedule", "linear"), ("--cond", "class"), ("--predict", "eps")):
-            self.refuses(flags[0][2:], "train", "--resume", "--dataset", "glyphs", *flags)
+        for words, *flags in (("T is 6", "--T", 30), ("net is", "--width", 16), ("predict is v", "--predict", "eps"),
+                              ("schedule is cosine", "--schedule", "linear"), ("classes is []", "--cond", "class")):
+            self.refuses(words, "train", "--resume", "--dataset", "glyphs", *flags)
         status, out, err = self.run_main("train", "--resume", "--out", "runs/glyphs", "--steps", 4, "--lr", 0.01)
         self.assertEqual(status, 0, err)
         self.assertEqual(torch.load("runs/glyphs/ddpm.pt", weights_only=True)["step"], 4)
@@ -721,7 +732,7 @@ class Training(Folder):
         large = ddpm.glyphs(train=False)
         large.data = nn.functional.pad(large.data, (2, 2, 2, 2))
         with mock.patch.dict(ddpm.DATASETS, glyphs=lambda *args, **options: large):
-            self.refuses("size is 28", "train", "--resume", "--dataset", "glyphs")
+            self.refuses("'size': 28", "train", "--resume", "--dataset", "glyphs")
 
     def test_a_fresh_run_never_overwrites_another(self):
         self.train()
@@ -748,7 +759,8 @@ class Training(Folder):
 
 class TheCommandLine(Folder):
     def command(self, *argv):
-        return subprocess.run([sys.executable, PROGRAM, *map(str, argv)], capture_output=True, text=True, timeout=120)
+        return subprocess.run([sys.executable, PROGRAM, *map(str, argv)], capture_output=True, text=True, timeout=120,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     def test_train_then_sample_as_a_user_would(self):
         done = self.command("train", "--dataset", "glyphs", "--width", 8, "--T", 30, "--steps", 3)
@@ -773,10 +785,14 @@ class TheCommandLine(Folder):
 
     def test_help_of_every_command_tells_each_flag(self):
         self.assertEqual(self.run_main("--help")[0], 0)
-        for command in ("train", "sample", "forward"):
-            status, out, err = self.run_main(command, "--help")
+        for command in (ddpm.train, ddpm.sample, ddpm.forward):
+            status, out, err = self.run_main(command.__name__, "--help")
             self.assertEqual(status, 0)
-            self.assertIn("--seed", out)
+            for name in inspect.signature(command).parameters:
+                if name != "drawing":
+                    self.assertIn("--" + name.replace("_", "-"), out)
+            self.assertLess(out.count("\n"), 60)
+            self.assertNotIn("None", out)
 
     def test_digits_come_in_the_order_asked_for(self):
         self.train()
@@ -820,7 +836,7 @@ class TheCommandLine(Folder):
         self.refuses("no checkpoint", "sample")
         self.train()
         self.refuses("knows 0, 1, 2", "sample", "--digit", 11)
-        self.refuses("T = 20", "sample", "--steps", 21)
+        self.refuses("T = 6", "sample", "--steps", 7)
         self.refuses("--eta", "sample", "--eta", 0.5, "--sampler", "dpm")
         self.refuses("no device", "sample", "--device", "abacus")
         if not torch.cuda.is_available():
