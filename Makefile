@@ -26,7 +26,7 @@ test: $(READY)
 	$(PY) -m unittest
 
 clean:
-	rm -rf .venv __pycache__ samples.png samples.gif forward.png forward.gif
+	rm -rf .venv __pycache__ samples.png samples.gif noise.png noise.gif
 
 .venv/ready:
 	@echo "installing $(PACKAGES) into .venv: some minutes and GB, once"

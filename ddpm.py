@@ -11,14 +11,13 @@
 The idea: mix a picture x0 with Gaussian noise eps, a little at t = 1, wholly at t = T (section 2).
 Train a net to tell the two apart again (3, 4). Then start from pure noise and go from T down to 0,
 each step towards what the net takes the picture to be (5). Papers are named where they are used.
-Left out, for each costs a reader more than it gives: learned variances (eta does their work), latent
-space (digits are small), text (digits have ten words), distillation. Licence: MIT.
+Left out, as each costs a reader more than it gives: learned variances (eta does their work), latent
+space (digits are small), text (ten words need no model), distillation. Licence: MIT.
 """
-import argparse, contextlib, copy, inspect, itertools, math, os, re, shutil, signal, sys, types
-import warnings
+import argparse, contextlib, copy, inspect, itertools, math, os, re, shutil, signal, sys
+import time, types, warnings
 from functools import partial
 from pathlib import Path
-from time import monotonic
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +38,7 @@ def require(condition, message):
         raise Mistake(message)
 
 # ---- 2. The forward process: from picture to noise -----------------------------------------------
-# alpha_bar[t] says how much picture is left: all at t = 0, so that no sampler has a last special case.
-
+# alpha_bar[t] is how much picture is left: all at t = 0, so that no sampler's last step is special.
 def linear_betas(T):
     """β from 1e-4 to 0.02 (Ho et al. 2020, sec. 4), times 1000/T so that any T ends in noise."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
@@ -66,7 +64,7 @@ def noise_schedule(schedule, T):
     return torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
 
 def rates(alpha_bar, t, x):
-    """signal_rate √ᾱ_t, noise_rate √(1-ᾱ_t) at t (B,), on the CPU: both (B,1,1,1), on x's device."""
+    """signal_rate √ᾱ_t, noise_rate √(1-ᾱ_t) at t (B,) on the CPU: two (B,1,1,1) on x's device."""
     alpha_bar_t = alpha_bar[t].view(-1, 1, 1, 1)
     return alpha_bar_t.sqrt().float().to(x.device), (1 - alpha_bar_t).sqrt().float().to(x.device)
 
@@ -78,7 +76,6 @@ def q_sample(x0, t, eps, alpha_bar):
 
 # ---- 3. Algorithm 1: the loss --------------------------------------------------------------------
 # Given x_t, any one of eps, v and x0 tells the others; v does so at every t, pure noise included.
-
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
 
 def target(predict, x0, eps, signal_rate, noise_rate):
@@ -108,15 +105,14 @@ def training_batch(images, labels, step, *, batch_size, T, label_drop, seed):
     index = torch.randint(len(images), (B,), generator=random).to(images.device)
     u = (torch.arange(B) + torch.rand(B, generator=random, dtype=torch.float64)) / B
     t = 1 + (u * T).long().clamp(max=T - 1)          # one t from each B-th of 1..T: a steadier loss
-    drop = torch.rand(B, generator=random) < label_drop       # each by itself, for guidance (sec. 5)
+    drop = torch.rand(B, generator=random) < label_drop      # each by itself, for guidance (sec. 5)
     x0, y = images[index] / 127.5 - 1, labels[index].masked_fill(drop.to(labels.device), NULL)
     return x0, y, t, torch.randn(x0.shape, generator=random).to(x0.device)
 
 # ---- 4. The U-Net --------------------------------------------------------------------------------
 # Down and up again, with skips. It is quick as 2x2 pixels become one place: maps of 14x14 and 7x7.
-
 def time_embedding(t, dim):
-    """[sin(t·f), cos(t·f)] for dim/2 frequencies f from 1 to 1e-4 (Vaswani et al. 2017): (B,dim)."""
+    """[sin(t·f), cos(t·f)], dim/2 frequencies f from 1 to 1e-4 (Vaswani et al. 2017): (B,dim)."""
     f = torch.logspace(0, -4, dim // 2, device=t.device)
     return torch.cat([torch.sin(t[:, None] * f), torch.cos(t[:, None] * f)], dim=1)
 
@@ -152,7 +148,7 @@ class Attention(nn.Module):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W)
         h = F.scaled_dot_product_attention(*qkv.transpose(-1, -2).unbind(1))
-        return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))     # from (B, heads, HW, C/heads)
+        return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))     # h (B, heads, HW, C/heads)
 
 class UNet(nn.Module):
     """net(x, t, y) is eps, v or x0, shaped like x (B,channels,size,size); t (B,) in 1..T; y (B,) in
@@ -185,7 +181,6 @@ class UNet(nn.Module):
 
 # ---- 5. Algorithm 2: sampling --------------------------------------------------------------------
 # One loop for all: guess the picture, take a step towards the guess, and look again from there.
-
 SAMPLERS = {"ddpm": (1, 1.0, 1000), "ddim": (1, 0.0, 50), "dpm": (2, 0.0, 20)}  # order, eta, steps
 
 def predict_x0(net, x, t, *, y, alpha_bar, predict, guidance=1.0):
@@ -204,15 +199,15 @@ def gaussian(shape, generators, device="cpu"):
 
 @torch.no_grad()
 def denoise(x0_at, x, ts, alpha_bar, generators, sampler="dpm", eta=None):
-    """Algorithm 2 (Ho et al. 2020): yield x (B,C,H,W) at each t of the falling list ts, x itself first.
-    x0_at(x, t) is x0_hat. The step is DDIM's, x_next = √ᾱ_next·x0_hat + √(1-ᾱ_next-σ²)·eps_hat + σ·z
-    with σ² = η²·(1-ᾱ_next)/(1-ᾱ_t)·(1-ᾱ_t/ᾱ_next) (Song et al. 2021, eq. 12, 16). η = 0 has no noise,
-    η = 1 is DDPM: σ² is then the variance of q(x_next | x_t, x0) (Ho et al. 2020, eq. 7). Order 2 is
+    """Algorithm 2 (Ho et al. 2020): yield x (B,C,H,W) at each t of the falling list ts, x first.
+    x0_at(x, t) is x0_hat. The step is DDIM's: x_next = √ᾱ_next·x0_hat + √(1-ᾱ_next-σ²)·eps_hat+σz,
+    σ² = η²·(1-ᾱ_next)/(1-ᾱ_t)·(1-ᾱ_t/ᾱ_next) (Song et al. 2021, eq. 12, 16). η = 0 has no noise,
+    η = 1 is DDPM: σ² is then the variance of q(x_next | x_t, x0) (Ho et al., eq. 7). Order 2 is
     DPM-Solver++(2M) (Lu et al. 2022, alg. 2): the same, but aiming where x0_hat is heading."""
     order, own_eta, _ = SAMPLERS[sampler]
     eta, x0_past = own_eta if eta is None else eta, None
-    signal, noise = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
-    log_snr = (alpha_bar.logit() / 2).tolist()       # λ = log(signal/noise), infinite at t = 0
+    a, s = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()    # signal_rate, noise_rate
+    log_snr = (alpha_bar.logit() / 2).tolist()                           # λ = log(a/s), ∞ at t = 0
     yield x
     for t, t_next in itertools.pairwise(ts):
         x0_hat = aim = x0_at(x, t)
@@ -220,27 +215,25 @@ def denoise(x0_at, x, ts, alpha_bar, generators, sampler="dpm", eta=None):
         if order == 2 and x0_past is not None and t_next > 0:
             aim = x0_hat + h / (2 * h_past) * (x0_hat - x0_past)
         x0_past, h_past = x0_hat, h
-        eps_hat = (x - signal[t] * aim) / noise[t]   # from the clipped x0_hat: the net's own is wild
-        sigma = eta * noise[t_next] / noise[t] * (1 - (signal[t] / signal[t_next]) ** 2) ** 0.5
-        x = signal[t_next] * aim + (noise[t_next] ** 2 - sigma ** 2) ** 0.5 * eps_hat
-        if sigma:
-            x = x + sigma * gaussian(x.shape[1:], generators, x.device)
+        eps_hat = (x - a[t] * aim) / s[t]            # anew, since x0_hat has been clipped
+        sigma = eta * s[t_next] / s[t] * (1 - (a[t] / a[t_next]) ** 2) ** 0.5
+        z = gaussian(x.shape[1:], generators, x.device) if eta else 0.0
+        x = a[t_next] * aim + (s[t_next] ** 2 - sigma ** 2) ** 0.5 * eps_hat + sigma * z
         yield x
 
 def draw(net, config, y, *, frames=1, sampler="dpm", steps=None, eta=None, guidance=1.5, seed=0):
     """Draw a picture for each label of y (n,), 250 at a time: uint8 (frames, n, C, H, W), the last
     frame being the sample, the others evenly on the way. Picture i depends on (seed, i, y[i]).
-    sampler: Algorithm 2, DDIM or DPM-Solver++(2M); steps: how many from T to 0, if not said 20 for dpm,
-    50 for ddim, T for ddpm; eta: noise of ddim from 0 to 1, which is ddpm; guidance: 0 ignores the
-    label, 1 heeds it, more overdoes it; seed: of all that is random, 0 if not said."""
+    sampler: Algorithm 2, DDIM or DPM-Solver++(2M); steps: how many from T to 0, if not said T for
+    ddpm, 50 for ddim, 20 for dpm; eta: noise of ddim, 1 is ddpm; guidance: 0 ignores the label, 1
+    heeds it, more overdoes it; seed: of all that is random, 0 if not said."""
     T, steps = config["T"], steps or min(config["T"], SAMPLERS[sampler][2])
     shape = [config["net"][side] for side in ("channels", "size", "size")]
     require(steps <= T, f"--steps {steps}: this net knows T = {T} steps")
     require(eta is None or sampler == "ddim", f"--eta is for --sampler ddim, {sampler} has its own")
     ts = [T * i // steps for i in range(steps, -1, -1)]                  # from T to 0, evenly
-    kept, films = {steps - steps * i // frames for i in range(frames)}, []
+    kept, films, began = {steps - steps * i // frames for i in range(frames)}, [], time.monotonic()
     alpha_bar, device = noise_schedule(config["schedule"], T), net.stem.weight.device
-    began = monotonic()
     for first in range(0, len(y), 250):
         labels, film = y[first:first + 250].to(device), []
         generators = [stream(seed, first + i) for i in range(len(labels))]
@@ -256,7 +249,6 @@ def draw(net, config, y, *, frames=1, sampler="dpm", steps=None, eta=None, guida
 
 # ---- 6. Pictures ---------------------------------------------------------------------------------
 # What people look at, and what they look at while they wait.
-
 def to_uint8(x):
     """[-1,1] -> 0..255, rounded; what lies outside is cut."""
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
@@ -276,56 +268,54 @@ def grid(images, columns):
     """Lay pictures uint8 (n,C,H,W) out in rows: a PIL image, enlarged by a whole factor."""
     sheet = to_pil_image(make_grid(images, nrow=columns)[:images.shape[1]])  # it turns grey to RGB
     factor = min(8, max(2, 640 // max(sheet.size)))
-    return sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)
+    return sheet.resize((sheet.width * factor, sheet.height * factor), Image.NEAREST)
 
 def write_gif(path, frames, ms=80, hold=2000):
-    """Write PIL images as a GIF that loops: ms (a multiple of 10) each, the last one held longer."""
-    durations = [ms] * (len(frames) - 1) + [hold]    # Pillow joins equal frames and adds their times
+    """Write PIL images as a GIF that loops: ms (a multiple of 10) for each, hold for the last."""
+    durations = [ms] * (len(frames) - 1) + [hold]    # Pillow joins equal frames, adding their times
     write(path, frames[0].save, format="GIF", save_all=True, append_images=frames[1:], loop=0,
           duration=durations)
 
 def write_pictures(out, images, columns, film=()):
-    """Write a grid of pictures uint8 (n,C,H,W) as a PNG, and a film of such as the GIF beside it."""
+    """Write a grid of pictures uint8 (n,C,H,W) as a PNG, a film of such as the GIF beside it."""
     write(out, grid(images, columns).save, format="PNG")
     if len(film):
         write_gif(Path(out).with_suffix(".gif"), [grid(frame, columns) for frame in film])
 
 def draw_curve(losses):
-    """Draw the loss over the steps on a log scale, each pixel the mean of its steps: a PIL image."""
+    """Draw the loss over the steps, log scale, each pixel the mean of its steps: a PIL image."""
     parts = torch.tensor(losses).tensor_split(min(640, len(losses)))
     logs = torch.stack([part.mean().log() for part in parts])
     heights = 340 - 300 * (logs - logs.min()) / (logs.max() - logs.min() + 1e-9)
     image, (low, high) = Image.new("L", (640, 360), 255), (logs.min().exp(), logs.max().exp())
     canvas = ImageDraw.Draw(image)
     canvas.line([(640 * i / len(logs), y) for i, y in enumerate(heights.tolist())], fill=0, width=2)
-    canvas.text((180, 10), f"loss, log scale: {high:.3g} .. {low:.3g}, step {len(losses):,}", font_size=14)
+    canvas.text((180, 10), f"log loss: {high:.3g} .. {low:.3g}, step {len(losses):,}", font_size=14)
     return image
 
 def status(done, began, text=""):
     """Show a text and the time left on stderr, at a share done in 0..1 of what began at that time:
     in a terminal a line that is redrawn, blank at last; elsewhere a new line every ten seconds."""
-    terminal, left = sys.stderr.isatty(), (monotonic() - began) * (1 - done) / max(done, 1e-9)
-    if monotonic() - max(began, status.shown) > (0.3 if terminal else 10) or terminal and done == 1:
-        status.shown, width = monotonic(), shutil.get_terminal_size().columns - 1
+    terminal, left = sys.stderr.isatty(), (time.monotonic() - began) * (1 - done) / max(done, 1e-9)
+    wait = time.monotonic() - max(began, getattr(status, "shown", began))
+    if wait > (0.3 if terminal else 10) or terminal and done == 1:
+        status.shown, width = time.monotonic(), shutil.get_terminal_size().columns - 1
         line = f"{text} · {left // 60:.0f}:{left % 60:02.0f} left" if done < 1 else ""
         print(f"{line[:width]:{width}}\r" if terminal else f"{line}\n", end="", file=sys.stderr)
 
-status.shown = 0.0
-
 # ---- 7. Data -------------------------------------------------------------------------------------
 # A data set is one uint8 tensor in memory: no loader, no workers, no waiting.
-
 def glyphs(root=None, train=True, download=False):
     """Digits in Pillow's own font, in many sizes, weights, places, slants and turns; no download.
-    As torchvision's sets: data uint8 (n,28,28), targets, classes; n = 10,000 to train on, or 1,000."""
-    data, fonts, random = [], [ImageFont.load_default(size) for size in range(19, 28)], stream(train, 0)
-    for i, chance in enumerate(torch.rand(10_000 if train else 1_000, 6, generator=random).tolist()):
-        image, (size, weight, right, down, slant, turn) = Image.new("L", (28, 28)), chance
+    Like a torchvision set: data uint8 (n,28,28), targets, classes; n = 10,000, or 1,000 to test."""
+    fonts, data = [ImageFont.load_default(size) for size in range(19, 28)], []
+    chances = torch.rand(10_000 if train else 1_000, 6, generator=stream(train, 0)).tolist()
+    for i, (size, weight, right, down, slant, turn) in enumerate(chances):
+        image, k = Image.new("L", (28, 28)), 0.6 * slant - 0.3
         ImageDraw.Draw(image).text((12 + 4 * right, 12 + 4 * down), str(i % 10), 255, anchor="mm",
                                    font=fonts[int(size * 9)], stroke_width=int(weight * 2))
-        lean = (1, 0.6 * slant - 0.3, 14 * (0.3 - 0.6 * slant), 0, 1, 0)          # x += lean·(y - 14)
-        image = image.transform((28, 28), Image.Transform.AFFINE, lean, Image.Resampling.BILINEAR)
-        data.append(pil_to_tensor(image.rotate(24 * turn - 12, Image.Resampling.BILINEAR)))
+        image = image.transform((28, 28), Image.AFFINE, (1, k, -14 * k, 0, 1, 0), Image.BILINEAR)
+        data.append(pil_to_tensor(image.rotate(24 * turn - 12, Image.BILINEAR)))
     return types.SimpleNamespace(data=torch.cat(data), targets=torch.arange(len(data)) % 10,
                                  classes=list("0123456789"))
 
@@ -346,22 +336,19 @@ def load_data(dataset, data="data", train=True):
 
 # ---- 8. Checkpoints ------------------------------------------------------------------------------
 # Tensors, numbers and strings only, so loading runs no code; of random state (seed, step) is all.
-
-FORMAT = "ddpm.py checkpoint 1"
-
 def load(path):
-    """Read a checkpoint: {format, config, flags, step, log, seconds, net, ema, optimizer}. Raises Mistake."""
+    """Read a checkpoint: a dict, as `train` has it written. Raises Mistake if there is none."""
     require(Path(path).is_file(), f"there is no checkpoint {path}: `ddpm.py train` makes one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:                                # torch.load has a dozen ways to refuse a file
         checkpoint = None
-    require(isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT,
+    require(isinstance(checkpoint, dict) and checkpoint.get("format") == "ddpm.py 1",
             f"{path} is not a checkpoint of this program, or not a whole one")
     return checkpoint
 
 def load_net(ckpt=None, device=None):
-    """The averaged net of a checkpoint, by default of the newest run: (net, config). Raises Mistake."""
+    """The averaged net of a checkpoint, by default of the newest run: (net, config)."""
     runs = sorted(Path("runs").glob("*/ddpm.pt"), key=os.path.getmtime)
     path, device = ckpt or (runs[-1] if runs else "runs/mnist/ddpm.pt"), pick_device(device)
     checkpoint = load(path)
@@ -371,7 +358,7 @@ def load_net(ckpt=None, device=None):
     return net.to(device), config
 
 def pick_device(name=None):
-    """The torch device of that name, by default CUDA, else MPS, else the CPU. Raises Mistake."""
+    """The torch device of that name, by default CUDA, else MPS, else the CPU."""
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         return torch.ones(1, device=name or best).cpu().to(name or best).device
@@ -380,25 +367,22 @@ def pick_device(name=None):
 
 # ---- 9. Training ---------------------------------------------------------------------------------
 # Algorithm 1 until the budget is spent. What samples is an average of the weights over many steps.
-
 @torch.no_grad()
 def update_average(averaged, net, step, ema):
-    """averaged += (1-d)·(net - averaged), d = min(ema, (1+step)/(10+step)): without this warm-up of
-    d the untrained weights, from which the average starts, would stay in it for long."""
+    """averaged += (1-d)·(net - averaged); d warms up, to forget the untrained net it starts as."""
     decay = min(ema, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), 1 - decay)
 
 def save_run(out, checkpoint, net):
-    """Write ddpm.pt, log.csv, loss.png and samples-STEP.png: five rows, always of the same noise."""
-    log, step = checkpoint["log"], checkpoint["step"]
+    """Write ddpm.pt, log.csv, loss.png, samples-STEP.png (five rows, always the same noise)."""
+    log, step, config = (checkpoint[key] for key in ("log", "step", "config"))
     rows = ["step,seconds,loss,lr,images/s"] + [",".join(map(str, row)) for row in log]
-    y = torch.arange(len(checkpoint["config"]["classes"]) or 10).repeat(5)
-    sheet = grid(draw(net, checkpoint["config"], y)[-1], len(y) // 5)
+    y = torch.arange(len(config["classes"]) or 10).repeat(5)
     with contextlib.redirect_stdout(None):
         write(out / "ddpm.pt", partial(torch.save, checkpoint))
         write(out / "log.csv", lambda file: file.write("\n".join(rows + [""]).encode()))
         write(out / "loss.png", draw_curve([row[2] for row in log] or [1.0]).save, format="PNG")
-        write(out / f"samples-{step:06}.png", sheet.save, format="PNG")
+        write_pictures(out / f"samples-{step:06}.png", draw(net, config, y)[-1], len(y) // 5)
     print(f"step {step:,}: {out}/ddpm.pt, log.csv, loss.png, samples-{step:06}.png", flush=True)
 
 def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedule="cosine",
@@ -407,17 +391,16 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
     """Train a net: by default ten minutes, on MNIST, to draw the digit that it is asked for.
 
     Writes ddpm.pt, log.csv, loss.png and samples-STEP.png (one an epoch, else ten in all) into a
-    folder. The budget is epochs, steps or minutes; the learning rate falls to 0 over it. Returns the
-    exit status. dataset: what to learn to draw, glyphs needs no download; data: folder of the data
-    sets; out: folder of the run, runs/DATASET if not said; device: cpu, cuda, cuda:1, mps, if not said
-    the best there is; T: number of noise steps; schedule: how the noise grows over them; predict: what
-    the net answers; loss: how its error is measured; cond: whether it learns the labels; width:
-    channels of its finest maps, divisible by 8; epochs: budget in passes through the
-    data; steps: budget in updates; minutes: budget in wall time, 10 if none is said; batch_size:
-    pictures an update; lr: learning rate at its highest; ema: decay of the averaged weights;
-    label_drop: share of labels hidden, for guidance; grad_clip: longest gradient, 0 for any; seed: of
-    all that is random, 0 if not said; resume: go on with the run in out, as it was begun but for what
-    is said anew (to the function: a checkpoint, from `load`)."""
+    folder. The learning rate falls to 0 over the budget. Returns the exit status.
+    dataset: what to learn to draw, glyphs needs no download; data: folder of the data sets; out:
+    folder of the run, runs/DATASET if not said; device: cpu, cuda, cuda:1, mps, the best if not
+    said; T: number of noise steps; schedule: how the noise grows over them; predict: what the net
+    answers; loss: how its error is measured; cond: whether it learns the labels; width: channels of
+    its finest maps, divisible by 8; epochs: budget in passes through the data; steps: budget in
+    updates; minutes: budget in wall time, 10 if none is said; batch_size: pictures an update; lr:
+    learning rate at its highest; ema: decay of the averaged weights; label_drop: share of labels
+    hidden, for guidance; grad_clip: longest gradient, 0 for any; seed: of all that is random, 0 if
+    not said; resume: go on with the run in out, as begun but for what is said anew."""
     flags = {k: v for k, v in locals().items() if k not in ("out", "device", "resume")}
     device, out = pick_device(device), Path(out or f"runs/{dataset}")
     require((epochs, steps, minutes).count(None) > 1, "give one of --epochs, --steps and --minutes")
@@ -425,18 +408,18 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
             f"{out}/ddpm.pt exists: --resume goes on with it, --out names another folder")
     images, labels, classes = load_data(dataset, data)
     classes = classes if cond == "class" else []
-    config = {"dataset": dataset, "T": T, "schedule": schedule, "predict": predict, "classes": classes,
-              "net": {"size": images.shape[2], "channels": images.shape[1], "classes": len(classes),
-                      "width": width}}
+    config = {"dataset": dataset, "classes": classes, "T": T, "schedule": schedule,
+              "predict": predict, "net": {"size": images.shape[2], "channels": images.shape[1],
+                                          "classes": len(classes), "width": width}}
     for key, value in resume["config"].items() if resume else ():
-        require(config[key] == value, f"{key} is {value} in {out}/ddpm.pt, it can't be {config[key]}")
+        require(config[key] == value, f"{key} is {value} in {out}/ddpm.pt, not {config[key]}")
     torch.manual_seed(seed)
     net = UNet(**config["net"]).to(device)
-    averaged, step, log, began = copy.deepcopy(net), 0, [], monotonic()
+    averaged, step, log, began = copy.deepcopy(net), 0, [], time.monotonic()
     optimizer = torch.optim.AdamW(net.parameters(), lr, fused=device.type != "mps")
     parts = {"net": net, "ema": averaged, "optimizer": optimizer}
     if resume:
-        step, log, began = resume["step"], resume["log"], monotonic() - resume["seconds"]
+        step, log, began = resume["step"], resume["log"], time.monotonic() - resume["seconds"]
         for name, part in parts.items():
             part.load_state_dict(resume[name])
     images, labels, alpha_bar = images.to(device), labels.to(device), noise_schedule(schedule, T)
@@ -444,54 +427,50 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
     print(f"{sum(p.numel() for p in net.parameters()):,} weights learn {len(images):,} pictures of "
           f"{dataset} on {device}")
     mark, ended, signals = None, [], (signal.SIGINT, signal.SIGTERM)
-
     def end(number, frame):
         ended.append(number)
         signal.signal(number, signal.SIG_DFL)        # a second one ends at once
     handlers = [signal.signal(number, end) for number in signals]
-    try:
-        while True:
-            seconds = monotonic() - began
-            done = min(1, step / total if total else seconds / 60 / (minutes or 10))
-            mark, last_mark = int(done * marks + 1e-6), mark
-            if ended or mark != last_mark:           # also at once: is the folder fit to be written?
-                status(1, began, "")
-                states = {name: part.state_dict() for name, part in parts.items()}
-                save_run(out, {"format": FORMAT, "config": config, "flags": flags, "step": step,
-                               "log": log, "seconds": seconds, **states}, averaged)
-            if ended or done == 1:
-                break
-            x0, y, t, eps = training_batch(images, labels, step, batch_size=batch_size, T=T, seed=seed,
-                                           label_drop=label_drop if classes else 1)
-            value = diffusion_loss(net, x0, y, t, eps, alpha_bar, predict, loss)
-            optimizer.zero_grad()
-            value.backward()
-            if grad_clip:
-                nn.utils.clip_grad_norm_(net.parameters(), grad_clip)
-            rate = optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 - done)
-            optimizer.step()
-            update_average(averaged, net, step, ema)
-            step, value, speed = step + 1, value.item(), batch_size / (monotonic() - began - seconds)
-            require(math.isfinite(value), f"the loss is {value} at step {step}: --resume with less --lr")
-            log.append((step, round(seconds, 3), value, rate, round(speed)))
-            status(done, began, f"step {step:,} · loss {value:.4f} · {speed:,.0f} images/s")
-    finally:
-        for number, handler in zip(signals, handlers):
-            signal.signal(number, handler)
+    while True:
+        seconds = time.monotonic() - began
+        done = min(1, step / total if total else seconds / 60 / (minutes or 10))
+        mark, last_mark = int(done * marks + 1e-6), mark
+        if ended or mark != last_mark:               # at the very start too: can it be written?
+            status(1, began)
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save_run(out, {"format": "ddpm.py 1", "config": config, "flags": flags, "step": step,
+                           "log": log, "seconds": seconds, **states}, averaged)
+        if ended or done == 1:
+            break
+        x0, y, t, eps = training_batch(images, labels, step, batch_size=batch_size, T=T, seed=seed,
+                                       label_drop=label_drop if classes else 1)
+        value = diffusion_loss(net, x0, y, t, eps, alpha_bar, predict, loss)
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf)
+        rate = optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 - done)
+        optimizer.step()
+        update_average(averaged, net, step, ema)
+        step, value = step + 1, value.item()
+        require(math.isfinite(value), f"the loss is {value} at step {step}: resume with less --lr")
+        speed = round(batch_size / (time.monotonic() - began - seconds))
+        log.append((step, round(seconds, 3), value, rate, speed))
+        status(done, began, f"step {step:,} · loss {value:.4f} · {speed:,} images/s")
+    for number, handler in zip(signals, handlers):
+        signal.signal(number, handler)
     print(f"stopped; to go on: python ddpm.py train --resume --out {out}" if ended else "done")
     return 128 + ended[0] if ended else 0
 
 # ---- 11. The command line ------------------------------------------------------------------------
 # A command is a function; its flags are the function's arguments, their defaults stand there.
-
 def sample(*, ckpt=None, digit=None, n=None, out="samples.png", gif=False, raw=None, device=None,
            **drawing):
     """Draw pictures with a trained net: a PNG, and on demand a GIF of how they come out of noise.
 
-    ckpt: checkpoint to draw with, of the newest run if not said; digit: classes of a row, in order, if
-    not said all; n: number of rows, 10, or 1 of a digit said; out: the PNG; gif: write a GIF beside
-    it; raw: .pt to write {images: uint8 (n,C,H,W), labels: int64 (n,), -1 for none} to; device: cpu,
-    cuda, cuda:1, mps, if not said the best there is."""
+    ckpt: checkpoint to draw with, the newest run's if not said; digit: classes of a row, in order,
+    all if not said; n: number of rows, 10, or 1 of a digit said; out: the PNG; gif: a GIF too;
+    raw: .pt to write {images: uint8 (n,C,H,W), labels: int64 (n,), -1 for none} to; device: cpu,
+    cuda, cuda:1, mps, the best there is if not said."""
     net, config = load_net(ckpt, device)
     names = config["classes"]
     for name in digit or ():
@@ -503,20 +482,17 @@ def sample(*, ckpt=None, digit=None, n=None, out="samples.png", gif=False, raw=N
     write_pictures(out, film[-1], len(row), film if gif else ())
     if raw:
         write(raw, partial(torch.save, {"images": film[-1], "labels": y}))
-        print(raw)
 
-def forward(*, dataset="mnist", data="data", schedule="cosine", T=1000, out="forward.png", gif=False,
-            seed=0):
+def forward(*, dataset="mnist", data="data", schedule="cosine", T=1000, out="noise.png", gif=False):
     """Draw pictures on their way to noise: a row for each class, columns at t = 0, T/10 .. T.
 
-    dataset: what to draw; data: folder of the data sets; schedule: how the noise grows; T: number of
-    noise steps; out: the PNG; gif: write a GIF beside it; seed: of the noise, 0 if not said."""
+    dataset: what to draw; data: folder of the data sets; schedule: how the noise grows; T: number
+    of noise steps; out: the PNG; gif: a GIF too."""
     images, labels, classes = load_data(dataset, data)
     x0 = images[[labels.tolist().index(k) for k in range(len(classes))]] / 127.5 - 1
-    eps, alpha_bar = torch.randn(x0.shape, generator=stream(seed, 0)), noise_schedule(schedule, T)
+    eps, alpha_bar = torch.randn(x0.shape, generator=stream(0, 0)), noise_schedule(schedule, T)
     film = [to_uint8(q_sample(x0, torch.tensor([T * i // 40]), eps, alpha_bar)) for i in range(41)]
-    rows = torch.stack(film[::4], dim=1).flatten(0, 1)                   # (K·11, C, H, W)
-    write_pictures(out, rows, 11, film if gif else ())
+    write_pictures(out, torch.stack(film[::4], dim=1).flatten(0, 1), 11, film if gif else ())
 
 def between(least, most):
     """What argparse is to know of a number in least..most, of their type."""
@@ -528,14 +504,15 @@ def between(least, most):
     return {"type": number, "metavar": f"{least}..{most}"}
 
 FLAGS = {  # what they mean stands in the docstrings, what they are by default in the signatures
-    "--dataset": {"choices": DATASETS}, "--data": {}, "--out": {}, "--resume": {"action": "store_true"},
-    "--device": {}, "--T": between(2, 100_000), "--schedule": {"choices": SCHEDULES},
-    "--predict": {"choices": ["eps", "v", "x0"]}, "--loss": {"choices": LOSSES},
-    "--cond": {"choices": ["class", "none"]}, "--width": between(8, 1024), "--epochs": between(1, 10**6),
-    "--steps": between(1, 10**9), "--minutes": between(0.01, 1e6), "--batch-size": between(1, 10**6),
-    "--lr": between(1e-9, 10.0), "--ema": between(0.0, 0.999999), "--label-drop": between(0.0, 1.0),
-    "--grad-clip": between(0.0, 1e9), "--ckpt": {}, "--digit": {"nargs": "+"}, "--n": between(1, 10**6),
-    "--gif": {"action": "store_true"}, "--raw": {}, "--sampler": {"choices": SAMPLERS},
+    "--dataset": {"choices": DATASETS}, "--data": {}, "--out": {}, "--device": {}, "--ckpt": {},
+    "--resume": {"action": "store_true"}, "--T": between(2, 100_000), "--raw": {},
+    "--schedule": {"choices": SCHEDULES}, "--predict": {"choices": ["eps", "v", "x0"]},
+    "--loss": {"choices": LOSSES}, "--cond": {"choices": ["class", "none"]},
+    "--width": between(8, 512), "--epochs": between(1, 10**6), "--steps": between(1, 10**9),
+    "--minutes": between(0.01, 1e6), "--batch-size": between(1, 10**6), "--lr": between(1e-9, 10.0),
+    "--ema": between(0.0, 0.999999), "--label-drop": between(0.0, 1.0),
+    "--grad-clip": between(0.0, 1e9), "--digit": {"nargs": "+"}, "--n": between(1, 10**6),
+    "--gif": {"action": "store_true"}, "--sampler": {"choices": SAMPLERS},
     "--eta": between(0.0, 1.0), "--guidance": between(0.0, 100.0), "--seed": between(0, 2**32 - 1)}
 
 class Parser(argparse.ArgumentParser):
@@ -545,21 +522,24 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv=None):
     """Run a command line. Returns the exit status: 2 for the user's mistake, 1 for the world's."""
-    parser = Parser(prog="ddpm.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser("ddpm.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
     warnings.simplefilter("ignore")                  # of libraries: a user gets one line or none
     for function in (train, sample, forward):
-        arguments, doc = inspect.signature(function).parameters, inspect.getdoc(function)
+        arguments, doc = dict(inspect.signature(function).parameters), inspect.getdoc(function)
         if "drawing" in arguments:
-            arguments, doc = arguments | inspect.signature(draw).parameters, doc + inspect.getdoc(draw)
-        command = commands.add_parser(function.__name__, help=doc.split("\n")[0],
-                                      argument_default=argparse.SUPPRESS, description=doc.split("\n")[0])
+            arguments.update(inspect.signature(draw).parameters)
+            doc += inspect.getdoc(draw)
+        about = doc.split("\n")[0]
+        command = commands.add_parser(function.__name__, help=about, description=about,
+                                      argument_default=argparse.SUPPRESS)
         command.set_defaults(function=function)
-        meaning = dict(re.findall(r"(\w+): ([^;]+?)[;.]", doc.replace("\n", " ")))
-        for flag in FLAGS:
-            if name := arguments.get(flag[2:].replace("-", "_")):
-                default = "" if name.default in (None, False) else f" ({name.default})"
-                command.add_argument(flag, help=meaning[name.name] + default, **FLAGS[flag])
+        for name, text in re.findall(r"(\w+): ([^;]+?)[;.]", doc.replace("\n", " ")):
+            flag = "--" + name.replace("_", "-")
+            if flag in FLAGS and name in arguments:
+                default = arguments[name].default
+                text += "" if default in (None, False) else f" ({default})"
+                command.add_argument(flag, help=text, **FLAGS[flag])
     try:
         given = vars(parser.parse_args(argv))
         function, out = given.pop("function"), given.get("out", ".png")
