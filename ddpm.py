@@ -8,11 +8,11 @@
     python ddpm.py sample --digit 5 --gif   draw a five, and the film of how it comes out of noise
     python ddpm.py forward --gif            see digits turn into noise: what a schedule does
 
-The idea: mix a picture x0 with Gaussian noise eps, a little at t = 1, wholly at t = T (section 2).
+The idea: mix a picture x0 with Gaussian noise eps, a little at t = 1, all but wholly at t = T (2).
 Train a net to tell the two apart again (3, 4). Then start from pure noise and go from T down to 0,
 each step towards what the net takes the picture to be (5). Papers are named where they are used.
-Left out, as each costs a reader more than it gives: learned variances (eta does their work), latent
-space (digits are small), text (ten words need no model), distillation. Licence: MIT.
+Left out, as each costs a reader more than it gives: learned variances and distillation (20 steps of
+dpm are few enough), latent space (digits are small), text (ten words need no model). Licence: MIT.
 """
 import argparse, contextlib, copy, inspect, itertools, math, os, re, shutil, signal, sys
 import time, types, warnings
@@ -33,12 +33,12 @@ class Mistake(Exception):
     """An error of the user, which `main` prints as one line."""
 
 def require(condition, message):
-    """Raise Mistake with the message unless the condition holds."""
+    """Raise Mistake unless the condition holds."""
     if not condition:
         raise Mistake(message)
 
 # ---- 2. The forward process: from picture to noise -----------------------------------------------
-# alpha_bar[t] is how much picture is left: all at t = 0, so that no sampler's last step is special.
+# alpha_bar[t] is how much picture is left. t = 0 is the picture itself; there is noise at t = 1..T.
 def linear_betas(T):
     """β from 1e-4 to 0.02 (Ho et al. 2020, sec. 4), times 1000/T so that any T ends in noise."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
@@ -50,15 +50,15 @@ def cosine_betas(T, s=0.008):
     return 1 - alpha_bar[1:] / alpha_bar[:-1]
 
 def sigmoid_betas(T, start=-3, end=3):
-    """ᾱ(u) ∝ sigmoid(end) - sigmoid(start + u·(end-start)), u = t/T (Jabri et al. 2022, alg. 1)."""
-    u = torch.linspace(start, end, T + 1, dtype=torch.float64)
-    alpha_bar = u[-1].sigmoid() - u.sigmoid()
+    """ᾱ(u) ∝ sigmoid(end) - sigmoid(start + u·(end-start)), u = t/T (Jabri et al. 2022, fig. 8)."""
+    logit = torch.linspace(start, end, T + 1, dtype=torch.float64)
+    alpha_bar = logit[-1].sigmoid() - logit.sigmoid()
     return 1 - alpha_bar[1:] / alpha_bar[:-1]
 
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas, "sigmoid": sigmoid_betas}
 
 def noise_schedule(schedule, T):
-    """ᾱ_t = (1-β_1)..(1-β_t), β ≤ 0.999 (Ho et al. 2020, eq. 4), for t = 0..T: (T+1,), ᾱ_0 = 1.
+    """ᾱ_t = (1-β_1)..(1-β_t) (Ho et al. 2020, eq. 4) for t = 0..T: (T+1,), ᾱ_0 = 1. β ≤ 0.999.
     float64 and on the CPU: MPS has no float64, and 1-ᾱ_1 would lose its digits in float32."""
     betas = SCHEDULES[schedule](T).clamp(max=0.999)
     return torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
@@ -75,11 +75,11 @@ def q_sample(x0, t, eps, alpha_bar):
     return signal_rate * x0 + noise_rate * eps
 
 # ---- 3. Algorithm 1: the loss --------------------------------------------------------------------
-# Given x_t, any one of eps, v and x0 tells the others; v does so at every t, pure noise included.
+# Given x_t, one of eps, v, x0 tells the others; v even in pure noise, where eps says nothing of x0.
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
 
 def target(predict, x0, eps, signal_rate, noise_rate):
-    """What the net is to say: eps, x0, or v = √ᾱ·eps - √(1-ᾱ)·x0 (Salimans & Ho 2022, app. D)."""
+    """What the net is to say: eps, x0, or v = √ᾱ·eps - √(1-ᾱ)·x0 (Salimans & Ho 2022, sec. 4)."""
     return {"eps": eps, "v": signal_rate * eps - noise_rate * x0, "x0": x0}[predict]
 
 def x0_from(predict, out, x, signal_rate, noise_rate):
@@ -95,7 +95,7 @@ def diffusion_loss(net, x0, y, t, eps, alpha_bar, predict="v", loss="huber"):
 
 def stream(seed, i):
     """The i-th random stream of a seed: a CPU generator, for the same numbers on every device.
-    torch heeds 32 bits of a seed; the factor keeps neighbouring seeds from sharing streams."""
+    torch uses 32 bits of a seed; the factor keeps the streams of nearby seeds apart."""
     return torch.Generator().manual_seed((seed * 2654435761 + i) % 2**32)
 
 def training_batch(images, labels, step, *, batch_size, T, label_drop, seed):
@@ -110,10 +110,10 @@ def training_batch(images, labels, step, *, batch_size, T, label_drop, seed):
     return x0, y, t, torch.randn(x0.shape, generator=random).to(x0.device)
 
 # ---- 4. The U-Net --------------------------------------------------------------------------------
-# Down and up again, with skips. It is quick as 2x2 pixels become one place: maps of 14x14 and 7x7.
+# Down and up again, with skips. Quick, since 2x2 pixels become one place: maps of 14x14 and 7x7.
 def time_embedding(t, dim):
     """[sin(t·f), cos(t·f)], dim/2 frequencies f from 1 to 1e-4 (Vaswani et al. 2017): (B,dim)."""
-    f = torch.logspace(0, -4, dim // 2, device=t.device)
+    f = 10_000 ** -torch.linspace(0, 1, dim // 2, device=t.device)
     return torch.cat([torch.sin(t[:, None] * f), torch.cos(t[:, None] * f)], dim=1)
 
 def zero(layer):
@@ -164,19 +164,19 @@ class UNet(nn.Module):
         self.shrink, self.down2 = nn.Conv2d(w, 2 * w, 3, 2, padding=1), ResBlock(2 * w, 2 * w, emb)
         self.attention, self.middle = Attention(2 * w), ResBlock(2 * w, 2 * w, emb)
         self.up2, self.up1 = ResBlock(4 * w, 2 * w, emb), ResBlock(3 * w, w, emb)
-        self.norm, self.unfold = nn.GroupNorm(8, w), nn.Conv2d(w, 4 * 8, 3, padding=1)
+        self.norm, self.expand = nn.GroupNorm(8, w), nn.Conv2d(w, 4 * 8, 3, padding=1)
         self.last = zero(nn.Conv2d(8 + channels, channels, 3, padding=1))
 
     def forward(self, x, t, y):
-        emb = self.time(time_embedding(t, self.time[0].in_features))
-        emb = F.silu(emb + self.label.weight[y])                         # (B, 4w)
+        time = self.time(time_embedding(t, self.time[0].in_features))
+        emb = F.silu(time + self.label.weight[y])                        # (B, 4w)
         h1 = self.down1(self.stem(F.pixel_unshuffle(x, 2)), emb)         # (B, w, size/2, size/2)
         h2 = self.down2(self.shrink(h1), emb)                            # (B, 2w, size/4, size/4)
         h = self.middle(self.attention(h2), emb)
         h = self.up2(torch.cat([h, h2], dim=1), emb)
         h = F.interpolate(h, scale_factor=2)                             # (B, 2w, size/2, size/2)
         h = self.up1(torch.cat([h, h1], dim=1), emb)                     # (B, w, size/2, size/2)
-        h = F.pixel_shuffle(self.unfold(F.silu(self.norm(h))), 2)        # (B, 8, size, size)
+        h = F.pixel_shuffle(self.expand(F.silu(self.norm(h))), 2)        # (B, 8, size, size)
         return self.last(torch.cat([h, x], dim=1))                       # (B, channels, size, size)
 
 # ---- 5. Algorithm 2: sampling --------------------------------------------------------------------
@@ -184,8 +184,8 @@ class UNet(nn.Module):
 SAMPLERS = {"ddpm": (1, 1.0, 1000), "ddim": (1, 0.0, 50), "dpm": (2, 0.0, 20)}  # order, eta, steps
 
 def predict_x0(net, x, t, *, y, alpha_bar, predict, guidance=1.0):
-    """x0_hat in [-1,1] from x_t (B,C,H,W) at one t in 1..T. Guidance w (Ho & Salimans 2022, eq. 6):
-    out_NULL + w·(out_y - out_NULL), so 0 ignores the label, 1 heeds it, more overdoes it."""
+    """x0_hat from x_t (B,C,H,W) at one t in 1..T, clipped to [-1,1], where pictures are. Guidance w
+    is 1 + that of Ho & Salimans 2022, eq. 6: out_NULL + w·(out_y - out_NULL)."""
     times = torch.full((len(x),), t)
     out = net(x, times.to(x.device), y if guidance else torch.full_like(y, NULL))
     if guidance not in (0, 1):
@@ -203,37 +203,38 @@ def denoise(x0_at, x, ts, alpha_bar, generators, sampler="dpm", eta=None):
     x0_at(x, t) is x0_hat. The step is DDIM's: x_next = √ᾱ_next·x0_hat + √(1-ᾱ_next-σ²)·eps_hat+σz,
     σ² = η²·(1-ᾱ_next)/(1-ᾱ_t)·(1-ᾱ_t/ᾱ_next) (Song et al. 2021, eq. 12, 16). η = 0 has no noise,
     η = 1 is DDPM: σ² is then the variance of q(x_next | x_t, x0) (Ho et al., eq. 7). Order 2 is
-    DPM-Solver++(2M) (Lu et al. 2022, alg. 2): the same, but aiming where x0_hat is heading."""
+    DPM-Solver++(2M) (Lu et al. 2022, alg. 2): the same step, aimed ahead along x0_hat's course."""
     order, own_eta, _ = SAMPLERS[sampler]
     eta, x0_past = own_eta if eta is None else eta, None
     a, s = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()    # signal_rate, noise_rate
-    log_snr = (alpha_bar.logit() / 2).tolist()                           # λ = log(a/s), ∞ at t = 0
+    lam = (alpha_bar.logit() / 2).tolist()                               # λ = log(a/s), ∞ at t = 0
     yield x
     for t, t_next in itertools.pairwise(ts):
         x0_hat = aim = x0_at(x, t)
-        h = log_snr[t_next] - log_snr[t]
+        h = lam[t_next] - lam[t]
         if order == 2 and x0_past is not None and t_next > 0:
             aim = x0_hat + h / (2 * h_past) * (x0_hat - x0_past)
         x0_past, h_past = x0_hat, h
-        eps_hat = (x - a[t] * aim) / s[t]            # anew, since x0_hat has been clipped
+        eps_hat = (x - a[t] * aim) / s[t]            # anew, to agree with x and the clipped aim
         sigma = eta * s[t_next] / s[t] * (1 - (a[t] / a[t_next]) ** 2) ** 0.5
         z = gaussian(x.shape[1:], generators, x.device) if eta else 0.0
         x = a[t_next] * aim + (s[t_next] ** 2 - sigma ** 2) ** 0.5 * eps_hat + sigma * z
         yield x
 
 def draw(net, config, y, *, frames=1, sampler="dpm", steps=None, eta=None, guidance=1.5, seed=0):
-    """Draw a picture for each label of y (n,), 250 at a time: uint8 (frames, n, C, H, W), the last
-    frame being the sample, the others evenly on the way. Picture i depends on (seed, i, y[i]).
-    sampler: Algorithm 2, DDIM or DPM-Solver++(2M); steps: how many from T to 0, if not said T for
-    ddpm, 50 for ddim, 20 for dpm; eta: noise of ddim, 1 is ddpm; guidance: 0 ignores the label, 1
-    heeds it, more overdoes it; seed: of all that is random, 0 if not said."""
+    """Draw a picture for each label of y (n,), 250 at a time: uint8 (frames, n, C, H, W), or fewer
+    frames if there are fewer steps; the last is the sample. Picture i depends on (seed, i, y[i]).
+    sampler: Algorithm 2, DDIM or DPM-Solver++(2M); steps: how many from T to 0, if not said 1000
+    for ddpm, 50 for ddim, 20 for dpm, at most T; eta: noise of ddim, 1 is ddpm; guidance: 0 ignores
+    the label, 1 heeds it, more overdoes it; seed: of all that is random."""
     T, steps = config["T"], steps or min(config["T"], SAMPLERS[sampler][2])
     shape = [config["net"][side] for side in ("channels", "size", "size")]
     require(steps <= T, f"--steps {steps}: this net knows T = {T} steps")
     require(eta is None or sampler == "ddim", f"--eta is for --sampler ddim, {sampler} has its own")
     ts = [T * i // steps for i in range(steps, -1, -1)]                  # from T to 0, evenly
-    kept, films, began = {steps - steps * i // frames for i in range(frames)}, [], time.monotonic()
+    kept, films = {steps - steps * i // max(1, frames - 1) for i in range(frames)}, []
     alpha_bar, device = noise_schedule(config["schedule"], T), net.stem.weight.device
+    began = time.perf_counter()
     for first in range(0, len(y), 250):
         labels, film = y[first:first + 250].to(device), []
         generators = [stream(seed, first + i) for i in range(len(labels))]
@@ -290,17 +291,19 @@ def draw_curve(losses):
     image, (low, high) = Image.new("L", (640, 360), 255), (logs.min().exp(), logs.max().exp())
     canvas = ImageDraw.Draw(image)
     canvas.line([(640 * i / len(logs), y) for i, y in enumerate(heights.tolist())], fill=0, width=2)
-    canvas.text((180, 10), f"log loss: {high:.3g} .. {low:.3g}, step {len(losses):,}", font_size=14)
+    canvas.text((180, 10), f"loss {high:.3g} .. {low:.3g}, log, {len(losses)} steps", font_size=14)
     return image
 
 def status(done, began, text=""):
     """Show a text and the time left on stderr, at a share done in 0..1 of what began at that time:
     in a terminal a line that is redrawn, blank at last; elsewhere a new line every ten seconds."""
-    terminal, left = sys.stderr.isatty(), (time.monotonic() - began) * (1 - done) / max(done, 1e-9)
-    wait = time.monotonic() - max(began, getattr(status, "shown", began))
-    if wait > (0.3 if terminal else 10) or terminal and done == 1:
-        status.shown, width = time.monotonic(), shutil.get_terminal_size().columns - 1
-        line = f"{text} · {left // 60:.0f}:{left % 60:02.0f} left" if done < 1 else ""
+    terminal, now = sys.stderr.isatty(), time.perf_counter()
+    width = shutil.get_terminal_size().columns - 1
+    if done == 1 and terminal:
+        print(" " * width, end="\r", file=sys.stderr)
+    elif done < 1 and now - max(began, getattr(status, "shown", began)) > (0.3 if terminal else 10):
+        status.shown, left = now, round((now - began) * (1 - done) / max(done, 1e-3))
+        line = f"{text} · {left // 60}:{left % 60:02} left"
         print(f"{line[:width]:{width}}\r" if terminal else f"{line}\n", end="", file=sys.stderr)
 
 # ---- 7. Data -------------------------------------------------------------------------------------
@@ -327,7 +330,7 @@ def load_data(dataset, data="data", train=True):
     try:
         with contextlib.redirect_stdout(None):                  # it tells of each mirror
             found = DATASETS[dataset](data, train=train, download=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
         raise OSError(f"{dataset} is not in {Path(data).resolve()} and can't be downloaded there "
                       f"({error}): point --data to it, or try --dataset glyphs") from None
     images, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets)
@@ -335,7 +338,7 @@ def load_data(dataset, data="data", train=True):
     return images, labels, [name.split(" - ")[0].lower() for name in found.classes]
 
 # ---- 8. Checkpoints ------------------------------------------------------------------------------
-# Tensors, numbers and strings only, so loading runs no code; of random state (seed, step) is all.
+# Tensors, numbers and strings only: loading runs no code. (seed, step) is all the random state.
 def load(path):
     """Read a checkpoint: a dict, as `train` has it written. Raises Mistake if there is none."""
     require(Path(path).is_file(), f"there is no checkpoint {path}: `ddpm.py train` makes one")
@@ -363,7 +366,7 @@ def pick_device(name=None):
     try:
         return torch.ones(1, device=name or best).cpu().to(name or best).device
     except Exception:                                # each kind of device is missing in its own way
-        raise Mistake(f"there is no device {name} here, take --device {best}") from None
+        raise Mistake(f"there is no device {name or best} here, try --device cpu") from None
 
 # ---- 9. Training ---------------------------------------------------------------------------------
 # Algorithm 1 until the budget is spent. What samples is an average of the weights over many steps.
@@ -390,8 +393,9 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
           batch_size=32, lr=2e-3, ema=0.999, label_drop=0.1, grad_clip=1.0, seed=0, resume=None):
     """Train a net: by default ten minutes, on MNIST, to draw the digit that it is asked for.
 
-    Writes ddpm.pt, log.csv, loss.png and samples-STEP.png (one an epoch, else ten in all) into a
-    folder. The learning rate falls to 0 over the budget. Returns the exit status.
+    Writes ddpm.pt, log.csv, loss.png and samples-STEP.png into a folder: at once, and after each
+    epoch, else tenth of the budget. The learning rate rises over 100 updates, then falls to 0 over
+    the budget. resume is a checkpoint, from `load`. Returns the exit status.
     dataset: what to learn to draw, glyphs needs no download; data: folder of the data sets; out:
     folder of the run, runs/DATASET if not said; device: cpu, cuda, cuda:1, mps, the best if not
     said; T: number of noise steps; schedule: how the noise grows over them; predict: what the net
@@ -399,11 +403,11 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
     its finest maps, divisible by 8; epochs: budget in passes through the data; steps: budget in
     updates; minutes: budget in wall time, 10 if none is said; batch_size: pictures an update; lr:
     learning rate at its highest; ema: decay of the averaged weights; label_drop: share of labels
-    hidden, for guidance; grad_clip: longest gradient, 0 for any; seed: of all that is random, 0 if
-    not said; resume: go on with the run in out, as begun but for what is said anew."""
+    hidden, for guidance; grad_clip: longest gradient, 0 for any; seed: of all that is random;
+    resume: go on with the run in out, as begun but for what is said anew."""
     flags = {k: v for k, v in locals().items() if k not in ("out", "device", "resume")}
     device, out = pick_device(device), Path(out or f"runs/{dataset}")
-    require((epochs, steps, minutes).count(None) > 1, "give one of --epochs, --steps and --minutes")
+    require((epochs, steps, minutes).count(None) > 1, "give one of --epochs, --steps, --minutes")
     require(resume or not (out / "ddpm.pt").exists(),
             f"{out}/ddpm.pt exists: --resume goes on with it, --out names another folder")
     images, labels, classes = load_data(dataset, data)
@@ -415,45 +419,47 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
         require(config[key] == value, f"{key} is {value} in {out}/ddpm.pt, not {config[key]}")
     torch.manual_seed(seed)
     net = UNet(**config["net"]).to(device)
-    averaged, step, log, began = copy.deepcopy(net), 0, [], time.monotonic()
+    averaged, step, log, began = copy.deepcopy(net), 0, [], time.perf_counter()
     optimizer = torch.optim.AdamW(net.parameters(), lr, fused=device.type != "mps")
     parts = {"net": net, "ema": averaged, "optimizer": optimizer}
     if resume:
-        step, log, began = resume["step"], resume["log"], time.monotonic() - resume["seconds"]
+        step, log, began = resume["step"], resume["log"], time.perf_counter() - resume["seconds"]
         for name, part in parts.items():
             part.load_state_dict(resume[name])
+        optimizer.param_groups[0]["fused"] = device.type != "mps"
     images, labels, alpha_bar = images.to(device), labels.to(device), noise_schedule(schedule, T)
     total, marks = steps or (epochs or 0) * math.ceil(len(images) / batch_size), epochs or 10
-    print(f"{sum(p.numel() for p in net.parameters()):,} weights learn {len(images):,} pictures of "
-          f"{dataset} on {device}")
+    weights = sum(parameter.numel() for parameter in net.parameters())
+    print(f"{weights:,} weights learn {len(images):,} pictures of {dataset} on {device}")
     mark, ended, signals = None, [], (signal.SIGINT, signal.SIGTERM)
     def end(number, frame):
         ended.append(number)
         signal.signal(number, signal.SIG_DFL)        # a second one ends at once
     handlers = [signal.signal(number, end) for number in signals]
     while True:
-        seconds = time.monotonic() - began
+        seconds = time.perf_counter() - began
         done = min(1, step / total if total else seconds / 60 / (minutes or 10))
-        mark, last_mark = int(done * marks + 1e-6), mark
-        if ended or mark != last_mark:               # at the very start too: can it be written?
+        stop, last_mark, mark = ended or done == 1, mark, int(done * marks + 1e-6)
+        if stop or mark != last_mark:                # at the very start too: can it be written?
             status(1, began)
             states = {name: part.state_dict() for name, part in parts.items()}
             save_run(out, {"format": "ddpm.py 1", "config": config, "flags": flags, "step": step,
                            "log": log, "seconds": seconds, **states}, averaged)
-        if ended or done == 1:
+        if stop:
             break
+        tick = time.perf_counter()
         x0, y, t, eps = training_batch(images, labels, step, batch_size=batch_size, T=T, seed=seed,
                                        label_drop=label_drop if classes else 1)
-        value = diffusion_loss(net, x0, y, t, eps, alpha_bar, predict, loss)
+        error = diffusion_loss(net, x0, y, t, eps, alpha_bar, predict, loss)
         optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf)
+        error.backward()
+        norm, value = nn.utils.clip_grad_norm_(net.parameters(), grad_clip or 1e30), error.item()
+        require(math.isfinite(value + norm.item()), f"the loss is {value}, its gradient {norm:.3g} "
+                f"at step {step + 1}: resume with a lower --lr")
         rate = optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 - done)
         optimizer.step()
         update_average(averaged, net, step, ema)
-        step, value = step + 1, value.item()
-        require(math.isfinite(value), f"the loss is {value} at step {step}: resume with less --lr")
-        speed = round(batch_size / (time.monotonic() - began - seconds))
+        step, speed = step + 1, round(batch_size / (time.perf_counter() - tick))
         log.append((step, round(seconds, 3), value, rate, speed))
         status(done, began, f"step {step:,} · loss {value:.4f} · {speed:,} images/s")
     for number, handler in zip(signals, handlers):
@@ -461,7 +467,7 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
     print(f"stopped; to go on: python ddpm.py train --resume --out {out}" if ended else "done")
     return 128 + ended[0] if ended else 0
 
-# ---- 11. The command line ------------------------------------------------------------------------
+# ---- 10. The command line -----------------------------------------------------------------------
 # A command is a function; its flags are the function's arguments, their defaults stand there.
 def sample(*, ckpt=None, digit=None, n=None, out="samples.png", gif=False, raw=None, device=None,
            **drawing):
@@ -474,8 +480,7 @@ def sample(*, ckpt=None, digit=None, n=None, out="samples.png", gif=False, raw=N
     net, config = load_net(ckpt, device)
     names = config["classes"]
     for name in digit or ():
-        require(names, f"--digit {name}: this net learnt no labels (--cond none)")
-        require(name in names, f"--digit {name}: this net knows {', '.join(names)}")
+        require(name in names, f"--digit {name}: this net knows {', '.join(names) or 'no labels'}")
     row = [names.index(name) for name in digit or names] or [NULL] * 10
     y = torch.tensor(row * (n or (1 if digit else 10)))
     film = draw(net, config, y, frames=40 if gif else 1, **drawing)
@@ -529,7 +534,7 @@ def main(argv=None):
         arguments, doc = dict(inspect.signature(function).parameters), inspect.getdoc(function)
         if "drawing" in arguments:
             arguments.update(inspect.signature(draw).parameters)
-            doc += inspect.getdoc(draw)
+            doc += " " + inspect.getdoc(draw)
         about = doc.split("\n")[0]
         command = commands.add_parser(function.__name__, help=about, description=about,
                                       argument_default=argparse.SUPPRESS)
@@ -538,7 +543,7 @@ def main(argv=None):
             flag = "--" + name.replace("_", "-")
             if flag in FLAGS and name in arguments:
                 default = arguments[name].default
-                text += "" if default in (None, False) else f" ({default})"
+                text += "" if default is None or default is False else f" ({default})"
                 command.add_argument(flag, help=text, **FLAGS[flag])
     try:
         given = vars(parser.parse_args(argv))
@@ -551,9 +556,9 @@ def main(argv=None):
                 given["resume"]["flags"].update(epochs=None, steps=None, minutes=None)
             given = given["resume"]["flags"] | given
         return function(**given)
-    except (Mistake, OSError) as error:
+    except (Mistake, OSError, RuntimeError) as error:
         print(f"ddpm.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, OSError) and not error.filename else 2
+        return 2 if isinstance(error, Mistake) or getattr(error, "filename", None) else 1
     except KeyboardInterrupt:
         return 130
 

@@ -490,7 +490,10 @@ class Sampling(unittest.TestCase):
         film = self.draw(2, frames=7)
         self.assertEqual((film.shape, film.dtype), ((7, 2, 1, 28, 28), torch.uint8))
         self.assertTrue(torch.equal(film[-1], self.draw(2)[-1]))
-        self.assertEqual(len(self.draw(1, frames=40, steps=5)), 5)
+        whole = self.draw(1, frames=40, steps=5)        # fewer states than frames: all of them
+        self.assertEqual(len(whole), 6)
+        noise = ddpm.gaussian((1, 28, 28), [ddpm.stream(0, 0)])
+        self.assertTrue(torch.equal(whole[0], ddpm.to_uint8(noise)))
 
     def test_colour_comes_out_of_a_colour_net(self):
         self.assertEqual(self.draw(2, GREY | {"net": GREY["net"] | {"channels": 3, "size": 32}}).shape, (1, 2, 3, 32, 32))
@@ -745,8 +748,18 @@ class Training(Folder):
         with mock.patch("ddpm.diffusion_loss", lambda net, *args: net.last.bias.sum() * math.nan):
             status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--steps", 3)
         self.assertEqual(status, 2)
-        self.assertIn("the loss is nan at step 1", err)
+        self.assertIn("the loss is nan", err)
+        self.assertIn("at step 1", err)
         self.assertEqual(ddpm.load("runs/glyphs/ddpm.pt")["step"], 0)    # the last good one is kept
+
+    def test_a_gradient_that_is_no_number_stops_the_run_before_it_spoils_the_weights(self):
+        def loss(net, *args):
+            bias = net.last.bias.sum()
+            return torch.sqrt(bias * 0)              # finite, with an infinite gradient
+        with mock.patch("ddpm.diffusion_loss", loss):
+            status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--steps", 3)
+        self.assertEqual(status, 2)
+        self.assertIn("its gradient", err)
 
     def test_without_labels_the_net_has_one_row_for_all(self):
         self.train("--cond", "none")
@@ -755,7 +768,7 @@ class Training(Folder):
         status, out, err = self.run_main("sample", "--n", 2, "--steps", 2, "--raw", "raw.pt")
         self.assertEqual(status, 0, err)
         self.assertEqual(torch.load("raw.pt", weights_only=True)["labels"].tolist(), [-1] * 20)
-        self.refuses("no labels", "sample", "--digit", 3)
+        self.refuses("knows no labels", "sample", "--digit", 3)
 
 
 class TheCommandLine(Folder):
