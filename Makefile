@@ -15,8 +15,8 @@ help:
 
 sample: $(READY)
 	@ls runs/*/ddpm.pt >/dev/null 2>&1 || { \
-	  echo "no trained net yet: one minute of training on glyphs (printed digits) comes first"; \
-	  $(PY) ddpm.py train --dataset glyphs --minutes 1 --width 32; }
+	  echo "no trained net yet: two minutes of training on glyphs (printed digits) come first"; \
+	  $(PY) ddpm.py train --dataset glyphs --minutes 2 --width 32; }
 	$(PY) ddpm.py sample --digit 5 --gif
 
 train: $(READY)

@@ -311,7 +311,7 @@ def status(done, began, text=""):
 def glyphs(root=None, train=True, download=False):
     """Digits in Pillow's own font, in many sizes, weights, places, slants and turns; no download.
     Like a torchvision set: data uint8 (n,28,28), targets, classes; n = 10,000, or 1,000 to test."""
-    fonts, data = [ImageFont.load_default(size) for size in range(19, 28)], []
+    fonts, data = [ImageFont.load_default(size) for size in range(23, 32)], []
     chances = torch.rand(10_000 if train else 1_000, 6, generator=stream(train, 0)).tolist()
     for i, (size, weight, right, down, slant, turn) in enumerate(chances):
         image, k = Image.new("L", (28, 28)), 0.6 * slant - 0.3
