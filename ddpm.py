@@ -224,9 +224,9 @@ def denoise(x0_at, x, ts, alpha_bar, generators, sampler="dpm", eta=None):
 def draw(net, config, y, *, frames=1, sampler="dpm", steps=None, eta=None, guidance=1.5, seed=0):
     """Draw a picture for each label of y (n,), 250 at a time: uint8 (frames, n, C, H, W), or fewer
     frames if there are fewer steps; the last is the sample. Picture i depends on (seed, i, y[i]).
-    sampler: Algorithm 2, DDIM or DPM-Solver++(2M); steps: how many from T to 0, if not said 1000
-    for ddpm, 50 for ddim, 20 for dpm, at most T; eta: noise of ddim, 1 is ddpm; guidance: 0 ignores
-    the label, 1 heeds it, more overdoes it; seed: of all that is random."""
+    sampler: Algorithm 2, DDIM or DPM-Solver++(2M). steps: how many from T to 0, if not said 1000
+    for ddpm, 50 for ddim, 20 for dpm, at most T. eta: noise of ddim, 1 is ddpm. guidance: 0 ignores
+    the label, 1 heeds it, more overdoes it. seed: of all that is random."""
     T, steps = config["T"], steps or min(config["T"], SAMPLERS[sampler][2])
     shape = [config["net"][side] for side in ("channels", "size", "size")]
     require(steps <= T, f"--steps {steps}: this net knows T = {T} steps")
@@ -396,14 +396,14 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
     Writes ddpm.pt, log.csv, loss.png and samples-STEP.png into a folder: at once, and after each
     epoch, else tenth of the budget. The learning rate rises over 100 updates, then falls to 0 over
     the budget. resume is a checkpoint, from `load`. Returns the exit status.
-    dataset: what to learn to draw, glyphs needs no download; data: folder of the data sets; out:
-    folder of the run, runs/DATASET if not said; device: cpu, cuda, cuda:1, mps, the best if not
-    said; T: number of noise steps; schedule: how the noise grows over them; predict: what the net
-    answers; loss: how its error is measured; cond: whether it learns the labels; width: channels of
-    its finest maps, divisible by 8; epochs: budget in passes through the data; steps: budget in
-    updates; minutes: budget in wall time, 10 if none is said; batch_size: pictures an update; lr:
-    learning rate at its highest; ema: decay of the averaged weights; label_drop: share of labels
-    hidden, for guidance; grad_clip: longest gradient, 0 for any; seed: of all that is random;
+    dataset: what to learn to draw, glyphs needs no download. data: folder of the data sets. out:
+    folder of the run, runs/DATASET if not said. device: cpu, cuda, cuda:1, mps, the best if not
+    said. T: number of noise steps. schedule: how the noise grows over them. predict: what the net
+    answers. loss: how its error is measured. cond: whether it learns the labels. width: channels of
+    its finest maps, divisible by 8. epochs: budget in passes through the data. steps: budget in
+    updates. minutes: budget in wall time, 10 if none is said. batch_size: pictures an update. lr:
+    learning rate at its highest. ema: decay of the averaged weights. label_drop: share of labels
+    hidden, for guidance. grad_clip: longest gradient, 0 for any. seed: of all that is random.
     resume: go on with the run in out, as begun but for what is said anew."""
     flags = {k: v for k, v in locals().items() if k not in ("out", "device", "resume")}
     device, out = pick_device(device), Path(out or f"runs/{dataset}")
@@ -473,9 +473,9 @@ def sample(*, ckpt=None, digit=None, n=None, out="samples.png", gif=False, raw=N
            **drawing):
     """Draw pictures with a trained net: a PNG, and on demand a GIF of how they come out of noise.
 
-    ckpt: checkpoint to draw with, the newest run's if not said; digit: classes of a row, in order,
-    all if not said; n: number of rows, 10, or 1 of a digit said; out: the PNG; gif: a GIF too;
-    raw: .pt to write {images: uint8 (n,C,H,W), labels: int64 (n,), -1 for none} to; device: cpu,
+    ckpt: checkpoint to draw with, the newest run's if not said. digit: classes of a row, in order,
+    all if not said. n: number of rows, 10, or 1 of a digit said. out: the PNG. gif: a GIF too.
+    raw: .pt to write {images: uint8 (n,C,H,W), labels: int64 (n,), -1 for none} to. device: cpu,
     cuda, cuda:1, mps, the best there is if not said."""
     net, config = load_net(ckpt, device)
     names = config["classes"]
@@ -491,8 +491,8 @@ def sample(*, ckpt=None, digit=None, n=None, out="samples.png", gif=False, raw=N
 def forward(*, dataset="mnist", data="data", schedule="cosine", T=1000, out="noise.png", gif=False):
     """Draw pictures on their way to noise: a row for each class, columns at t = 0, T/10 .. T.
 
-    dataset: what to draw; data: folder of the data sets; schedule: how the noise grows; T: number
-    of noise steps; out: the PNG; gif: a GIF too."""
+    dataset: what to draw. data: folder of the data sets. schedule: how the noise grows. T: number
+    of noise steps. out: the PNG. gif: a GIF too."""
     images, labels, classes = load_data(dataset, data)
     x0 = images[[labels.tolist().index(k) for k in range(len(classes))]] / 127.5 - 1
     eps, alpha_bar = torch.randn(x0.shape, generator=stream(0, 0)), noise_schedule(schedule, T)
@@ -539,7 +539,7 @@ def main(argv=None):
         command = commands.add_parser(function.__name__, help=about, description=about,
                                       argument_default=argparse.SUPPRESS)
         command.set_defaults(function=function)
-        for name, text in re.findall(r"(\w+): ([^;]+?)[;.]", doc.replace("\n", " ")):
+        for name, text in re.findall(r"(\w+): (.+?)\.(?: |$)", doc.replace("\n", " ")):
             flag = "--" + name.replace("_", "-")
             if flag in FLAGS and name in arguments:
                 default = arguments[name].default

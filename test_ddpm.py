@@ -28,6 +28,7 @@ import ddpm
 
 torch.set_num_threads(1)                             # nets this small gain nothing by more
 PROGRAM = Path(__file__).with_name("ddpm.py")
+SMALL = "train --dataset glyphs --width 8"
 GREY = {"dataset": "glyphs", "classes": list("0123456789"), "T": 20, "schedule": "cosine", "predict": "v",
         "net": {"size": 28, "channels": 1, "classes": 10, "width": 8}}
 
@@ -53,28 +54,28 @@ class Folder(unittest.TestCase):
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(folder.name)
 
-    def run_main(self, *argv):
+    def run_main(self, line, *more):
         """Run a command line here: (exit status, standard output, standard error)."""
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                status = ddpm.main([str(arg) for arg in argv]) or 0
+                status = ddpm.main(line.split() + [str(word) for word in more]) or 0
             except SystemExit as end:
                 status = end.code
         return status, out.getvalue(), err.getvalue()
 
-    def train(self, *argv, steps=2):
+    def train(self, *more, steps=2):
         """Train for a moment on glyphs with the smallest net."""
-        status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--batch-size", 4,
-                                         "--T", 6, "--steps", steps, *argv)
+        line = f"{SMALL} --batch-size 4 --T 6 --steps {steps}"
+        status, out, err = self.run_main(line, *more)
         self.assertEqual(status, 0, err)
         return out
 
-    def refuses(self, words, *argv, status=2):
+    def refuses(self, words, line, *more, status=2):
         """Assert that a command line ends in one line that has the words, and writes nothing."""
         before = sorted(Path().rglob("*.p*"))
-        ended, out, err = self.run_main(*argv)
-        self.assertEqual(ended, status, f"{argv}: {err}")
+        ended, out, err = self.run_main(line, *more)
+        self.assertEqual(ended, status, f"{line} {more}: {err}")
         self.assertEqual(err.count("\n"), 1, err)
         self.assertIn(words, err)
         self.assertEqual(sorted(Path().rglob("*.p*")), before)
@@ -625,16 +626,16 @@ class Checkpoints(Folder):
         for k in range(1, 8):
             Path(f"cut{k}.pt").write_bytes(whole[:len(whole) * k // 8])
         for path in sorted(Path().glob("*.pt")):
-            self.refuses("is not a checkpoint", "sample", "--ckpt", path)
-        self.refuses("no checkpoint", "sample", "--ckpt", "missing.pt")
-        self.refuses("no checkpoint", "sample", "--ckpt", "runs")
+            self.refuses("is not a checkpoint", "sample --ckpt", path)
+        self.refuses("no checkpoint", "sample --ckpt missing.pt")
+        self.refuses("no checkpoint", "sample --ckpt runs")
         self.assertFalse(Path("ran").exists())
 
     def test_sample_takes_the_newest_run_and_says_which(self):
         self.train("--out", "runs/old")
         self.train("--out", "runs/new")
         os.utime("runs/old/ddpm.pt", (1, 1))
-        self.assertIn("runs/new/ddpm.pt", self.run_main("sample", "--steps", 2)[1])
+        self.assertIn("runs/new/ddpm.pt", self.run_main("sample --steps 2")[1])
 
 
 class Training(Folder):
@@ -675,15 +676,14 @@ class Training(Folder):
         few = ddpm.glyphs(train=False)
         few.data, few.targets = few.data[:10], few.targets[:10]
         with mock.patch.dict(ddpm.DATASETS, glyphs=lambda *args, **options: few):
-            status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--T", 6,
-                                             "--epochs", 3, "--batch-size", 4)
+            status, out, err = self.run_main(f"{SMALL} --T 6 --epochs 3 --batch-size 4")
         self.assertEqual(status, 0, err)
         self.assertEqual([path.name for path in sorted(Path("runs/glyphs").glob("samples*"))],
                          [f"samples-{step:06}.png" for step in (0, 3, 6, 9)])
 
     def test_minutes_are_minutes_and_the_rate_follows_the_clock_to_zero(self):
         began = time.monotonic()
-        status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--minutes", 0.05, "--lr", 0.01)
+        status, out, err = self.run_main(f"{SMALL} --minutes 0.05 --lr 0.01")
         self.assertEqual(status, 0, err)
         self.assertGreater(time.monotonic() - began, 3)
         with open("runs/glyphs/log.csv") as file:
@@ -707,12 +707,11 @@ class Training(Folder):
         before = signal.getsignal(signal.SIGINT)
         for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
             with self.subTest(code=code), self.interrupt_at(3, number):
-                status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--batch-size", 4,
-                                                 "--T", 6, "--steps", 9, "--label-drop", 0.3, "--out", f"r{code}")
+                status, out, err = self.run_main(f"{SMALL} --batch-size 4 --T 6 --steps 9 --label-drop 0.3 --out", f"r{code}")
                 self.assertEqual(status, code)
                 self.assertIn("--resume", out)
             self.assertEqual(torch.load(f"r{code}/ddpm.pt", weights_only=True)["step"], 4)
-            status, out, err = self.run_main("train", "--resume", "--out", f"r{code}")
+            status, out, err = self.run_main("train --resume --out", f"r{code}")
             self.assertEqual(status, 0, err)
             a, b = (torch.load(f"{run}/ddpm.pt", weights_only=True) for run in ("straight", f"r{code}"))
             for part in ("net", "ema"):
@@ -727,7 +726,7 @@ class Training(Folder):
         for words, *flags in (("T is 6", "--T", 30), ("net is", "--width", 16), ("predict is v", "--predict", "eps"),
                               ("schedule is cosine", "--schedule", "linear"), ("classes is []", "--cond", "class")):
             self.refuses(words, "train", "--resume", "--dataset", "glyphs", *flags)
-        status, out, err = self.run_main("train", "--resume", "--out", "runs/glyphs", "--steps", 4, "--lr", 0.01)
+        status, out, err = self.run_main("train --resume --out runs/glyphs --steps 4 --lr 0.01")
         self.assertEqual(status, 0, err)
         self.assertEqual(torch.load("runs/glyphs/ddpm.pt", weights_only=True)["step"], 4)
 
@@ -736,17 +735,17 @@ class Training(Folder):
         large = ddpm.glyphs(train=False)
         large.data = nn.functional.pad(large.data, (2, 2, 2, 2))
         with mock.patch.dict(ddpm.DATASETS, glyphs=lambda *args, **options: large):
-            self.refuses("'size': 28", "train", "--resume", "--dataset", "glyphs")
+            self.refuses("'size': 28", "train --resume --dataset glyphs")
 
     def test_a_fresh_run_never_overwrites_another(self):
         self.train()
         before = Path("runs/glyphs/ddpm.pt").read_bytes()
-        self.refuses("--resume", "train", "--dataset", "glyphs")
+        self.refuses("--resume", "train --dataset glyphs")
         self.assertEqual(Path("runs/glyphs/ddpm.pt").read_bytes(), before)
 
     def test_a_loss_that_is_no_number_stops_the_run(self):
         with mock.patch("ddpm.diffusion_loss", lambda net, *args: net.last.bias.sum() * math.nan):
-            status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--steps", 3)
+            status, out, err = self.run_main(f"{SMALL} --steps 3")
         self.assertEqual(status, 2)
         self.assertIn("the loss is nan", err)
         self.assertIn("at step 1", err)
@@ -757,7 +756,7 @@ class Training(Folder):
             bias = net.last.bias.sum()
             return torch.sqrt(bias * 0)              # finite, with an infinite gradient
         with mock.patch("ddpm.diffusion_loss", loss):
-            status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--steps", 3)
+            status, out, err = self.run_main(f"{SMALL} --steps 3")
         self.assertEqual(status, 2)
         self.assertIn("its gradient", err)
 
@@ -765,21 +764,21 @@ class Training(Folder):
         self.train("--cond", "none")
         saved = torch.load("runs/glyphs/ddpm.pt", weights_only=True)
         self.assertEqual((len(saved["net"]["label.weight"]), saved["config"]["classes"]), (1, []))
-        status, out, err = self.run_main("sample", "--n", 2, "--steps", 2, "--raw", "raw.pt")
+        status, out, err = self.run_main("sample --n 2 --steps 2 --raw raw.pt")
         self.assertEqual(status, 0, err)
         self.assertEqual(torch.load("raw.pt", weights_only=True)["labels"].tolist(), [-1] * 20)
-        self.refuses("knows no labels", "sample", "--digit", 3)
+        self.refuses("knows no labels", "sample --digit 3")
 
 
 class TheCommandLine(Folder):
-    def command(self, *argv):
-        return subprocess.run([sys.executable, PROGRAM, *map(str, argv)], capture_output=True, text=True, timeout=120,
+    def command(self, line):
+        return subprocess.run([sys.executable, PROGRAM, *line.split()], capture_output=True, text=True, timeout=120,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     def test_train_then_sample_as_a_user_would(self):
-        done = self.command("train", "--dataset", "glyphs", "--width", 8, "--T", 30, "--steps", 3)
+        done = self.command(f"{SMALL} --T 30 --steps 3")
         self.assertEqual(done.returncode, 0, done.stderr)
-        done = self.command("sample", "--digit", 5, "--gif", "--device", "cpu")
+        done = self.command("sample --digit 5 --gif --device cpu")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(done.stdout.split()[-2:], ["samples.png", "samples.gif"])
         with Image.open("samples.gif") as gif:
@@ -787,7 +786,7 @@ class TheCommandLine(Folder):
             self.assertEqual(gif.info["loop"], 0)
 
     def test_forward_shows_each_digit_on_its_way_to_noise(self):
-        done = self.command("forward", "--dataset", "glyphs", "--schedule", "linear", "--T", 300, "--gif")
+        done = self.command("forward --dataset glyphs --schedule linear --T 300 --gif")
         self.assertEqual(done.returncode, 0, done.stderr)
         with Image.open("noise.png") as sheet:
             self.assertEqual(sheet.size, ((11 * 30 + 2) * 2, (10 * 30 + 2) * 2))
@@ -810,13 +809,13 @@ class TheCommandLine(Folder):
 
     def test_digits_come_in_the_order_asked_for(self):
         self.train()
-        self.run_main("sample", "--digit", 3, 1, 4, "--n", 2, "--steps", 2, "--raw", "raw.pt", "--out", "a b/ü.png")
+        self.run_main("sample --digit 3 1 4 --n 2 --steps 2 --raw raw.pt --out", "a b/ü.png")
         raw = torch.load("raw.pt", weights_only=True)
         self.assertEqual(raw["labels"].tolist(), [3, 1, 4, 3, 1, 4])
         self.assertEqual((raw["images"].shape, raw["images"].dtype), ((6, 1, 28, 28), torch.uint8))
         with Image.open("a b/ü.png") as sheet:
             self.assertGreater(sheet.width, sheet.height)
-        self.run_main("sample", "--steps", 2, "--n", 1, "--raw", "raw.pt")
+        self.run_main("sample --steps 2 --n 1 --raw raw.pt")
         self.assertEqual(torch.load("raw.pt", weights_only=True)["labels"].tolist(), list(range(10)))
 
     def test_the_five_systems_are_flags(self):
@@ -825,12 +824,10 @@ class TheCommandLine(Folder):
                 ("--schedule", "cosine", "--loss", "l1", "--predict", "eps", "--grad-clip", 1, "--lr", 1e-4),
                 ("--cond", "none", "--T", 300, "--schedule", "linear", "--loss", "l2", "--predict", "eps"),
                 ("--schedule", "linear", "--loss", "l2", "--predict", "eps", "--batch-size", 48))):
-            status, out, err = self.run_main("train", "--dataset", "glyphs", "--width", 8, "--steps", 1,
-                                             "--out", f"runs/{i}", *flags)
+            status, out, err = self.run_main(f"{SMALL} --steps 1 --out", f"runs/{i}", *flags)
             self.assertEqual(status, 0, err)
             for sampler in ddpm.SAMPLERS:
-                status, out, err = self.run_main("sample", "--ckpt", f"runs/{i}/ddpm.pt", "--sampler", sampler,
-                                                 "--steps", 3)
+                status, out, err = self.run_main("sample --ckpt", f"runs/{i}/ddpm.pt", "--sampler", sampler, "--steps", 3)
                 self.assertEqual(status, 0, err)
 
     def test_flags_out_of_range_are_told_their_range(self):
@@ -842,26 +839,26 @@ class TheCommandLine(Folder):
         for flag, bad in (("--guidance", -1), ("--guidance", "nan"), ("--eta", 2), ("--n", 0), ("--steps", -3),
                           ("--sampler", "euler")):
             self.refuses(flag, "sample", flag, bad)
-        self.refuses("in 2..100000", "train", "--T", 1)
-        self.refuses("divisible by 8", "train", "--dataset", "glyphs", "--width", 12)
-        self.refuses("one of", "train", "--steps", 3, "--epochs", 2)
+        self.refuses("in 2..100000", "train --T 1")
+        self.refuses("divisible by 8", "train --dataset glyphs --width 12")
+        self.refuses("one of", "train --steps 3 --epochs 2")
 
     def test_what_the_net_cannot_draw_is_refused(self):
         self.refuses("no checkpoint", "sample")
         self.train()
-        self.refuses("knows 0, 1, 2", "sample", "--digit", 11)
-        self.refuses("T = 6", "sample", "--steps", 7)
-        self.refuses("--eta", "sample", "--eta", 0.5, "--sampler", "dpm")
-        self.refuses("no device", "sample", "--device", "abacus")
+        self.refuses("knows 0, 1, 2", "sample --digit 11")
+        self.refuses("T = 6", "sample --steps 7")
+        self.refuses("--eta", "sample --eta 0.5 --sampler dpm")
+        self.refuses("no device", "sample --device abacus")
         if not torch.cuda.is_available():
-            self.refuses("no device cuda", "train", "--dataset", "glyphs", "--device", "cuda")
+            self.refuses("no device cuda", "train --dataset glyphs --device cuda")
 
     def test_a_place_that_cannot_be_written_is_told_before_the_work(self):
         self.train()
         Path("file").write_text("kept")
-        self.refuses("file", "train", "--dataset", "glyphs", "--width", 8, "--out", "file/run")
-        self.refuses("file", "sample", "--steps", 2, "--out", "file/a.png")
-        self.refuses(".png", "sample", "--steps", 2, "--out", "a.jpg")
+        self.refuses("file", f"{SMALL} --out file/run")
+        self.refuses("file", "sample --steps 2 --out file/a.png")
+        self.refuses(".png", "sample --steps 2 --out a.jpg")
         self.assertEqual(Path("file").read_text(), "kept")
 
 
