@@ -424,9 +424,9 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
     parts = {"net": net, "ema": averaged, "optimizer": optimizer}
     if resume:
         step, log, began = resume["step"], resume["log"], time.perf_counter() - resume["seconds"]
+        resume["optimizer"]["param_groups"][0]["fused"] = device.type != "mps"
         for name, part in parts.items():
             part.load_state_dict(resume[name])
-        optimizer.param_groups[0]["fused"] = device.type != "mps"
     images, labels, alpha_bar = images.to(device), labels.to(device), noise_schedule(schedule, T)
     total, marks = steps or (epochs or 0) * math.ceil(len(images) / batch_size), epochs or 10
     weights = sum(parameter.numel() for parameter in net.parameters())
@@ -461,7 +461,8 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
         update_average(averaged, net, step, ema)
         step, speed = step + 1, round(batch_size / (time.perf_counter() - tick))
         log.append((step, round(seconds, 3), value, rate, speed))
-        status(done, began, f"step {step:,} · loss {value:.4f} · {speed:,} images/s")
+        at = f"epoch {step / len(images) * batch_size:.2f}" if total else f"{seconds / 60:.1f} minutes"
+        status(done, began, f"{at} · step {step:,} · loss {value:.4f} · {speed:,} images/s")
     for number, handler in zip(signals, handlers):
         signal.signal(number, handler)
     print(f"stopped; to go on: python ddpm.py train --resume --out {out}" if ended else "done")
