@@ -8,8 +8,8 @@
     python ddpm.py sample --digit 5 --gif   draw a five, and the film of how it comes out of noise
     python ddpm.py forward --gif            see digits turn into noise: what a schedule does
 
-The idea: mix a picture x0 with Gaussian noise eps, a little at t = 1, all but wholly at t = T (2).
-Train a net to tell the two apart again (3, 4). Then start from pure noise and go from T down to 0,
+The idea: mix a picture x0 with Gaussian noise eps, a little at t = 1, almost only noise at t = T
+(section 2). Train a net to tell the two apart again (3, 4). Then go from pure noise at T down to 0,
 each step towards what the net takes the picture to be (5). Papers are named where they are used.
 Left out, as each costs a reader more than it gives: learned variances and distillation (20 steps of
 dpm are few enough), latent space (digits are small), text (ten words need no model). Licence: MIT.
@@ -70,7 +70,7 @@ def rates(alpha_bar, t, x):
 
 def q_sample(x0, t, eps, alpha_bar):
     """x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·eps (Ho et al. 2020, eq. 4): t steps of noise at once.
-    x0 (B,C,H,W) in [-1,1], eps like it; t (B,) int64 on the CPU, in 0..T, where 0 gives x0 back."""
+    x0 (B,C,H,W) in [-1,1], eps like it, t (B,) int64 on the CPU, in 0..T, where 0 gives x0 back."""
     signal_rate, noise_rate = rates(alpha_bar, t, x0)
     return signal_rate * x0 + noise_rate * eps
 
@@ -89,13 +89,13 @@ def x0_from(predict, out, x, signal_rate, noise_rate):
 
 def diffusion_loss(net, x0, y, t, eps, alpha_bar, predict="v", loss="huber"):
     """E ‖target - net(x_t, t, y)‖ (Ho et al. 2020, alg. 1; eq. 14 is eps with l2): a scalar.
-    x0, eps (B,C,H,W); y (B,) labels or NULL; t (B,) int64 on the CPU, in 1..T."""
+    x0, eps (B,C,H,W), y (B,) labels or NULL, t (B,) int64 on the CPU, in 1..T."""
     out = net(q_sample(x0, t, eps, alpha_bar), t.to(x0.device), y)
     return LOSSES[loss](out, target(predict, x0, eps, *rates(alpha_bar, t, x0)))
 
 def stream(seed, i):
     """The i-th random stream of a seed: a CPU generator, for the same numbers on every device.
-    torch uses 32 bits of a seed; the factor keeps the streams of nearby seeds apart."""
+    torch uses 32 bits of a seed, the factor keeps the streams of nearby seeds apart."""
     return torch.Generator().manual_seed((seed * 2654435761 + i) % 2**32)
 
 def training_batch(images, labels, step, *, batch_size, T, label_drop, seed):
@@ -123,7 +123,8 @@ def zero(layer):
     return layer
 
 class ResBlock(nn.Module):
-    """x + two convolutions; time and label come in as scale and shift behind the second norm."""
+    """(B,c_in,H,W) -> (B,c_out,H,W): x + two convolutions, with time and label, emb (B,c_emb), as
+    scale and shift behind the second norm."""
     def __init__(self, c_in, c_out, c_emb):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -138,7 +139,7 @@ class ResBlock(nn.Module):
         return self.skip(x) + h
 
 class Attention(nn.Module):
-    """x + softmax(q·k/√d)·v between all places of the map, so that far strokes agree."""
+    """(B,c,H,W) -> like it: x + softmax(q·k/√d)·v over all places, so that far strokes agree."""
     def __init__(self, c, heads=4):
         super().__init__()
         self.heads, self.norm = heads, nn.GroupNorm(8, c)
@@ -206,8 +207,7 @@ def denoise(x0_at, x, ts, alpha_bar, generators, sampler="dpm", eta=None):
     DPM-Solver++(2M) (Lu et al. 2022, alg. 2): the same step, aimed ahead along x0_hat's course."""
     order, own_eta, _ = SAMPLERS[sampler]
     eta, x0_past = own_eta if eta is None else eta, None
-    a, s = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()    # signal_rate, noise_rate
-    lam = (alpha_bar.logit() / 2).tolist()                               # λ = log(a/s), ∞ at t = 0
+    lam = (alpha_bar.logit() / 2).tolist()           # λ = log(signal_rate/noise_rate), ∞ at t = 0
     yield x
     for t, t_next in itertools.pairwise(ts):
         x0_hat = aim = x0_at(x, t)
@@ -215,26 +215,28 @@ def denoise(x0_at, x, ts, alpha_bar, generators, sampler="dpm", eta=None):
         if order == 2 and x0_past is not None and t_next > 0:
             aim = x0_hat + h / (2 * h_past) * (x0_hat - x0_past)
         x0_past, h_past = x0_hat, h
-        eps_hat = (x - a[t] * aim) / s[t]            # anew, to agree with x and the clipped aim
-        sigma = eta * s[t_next] / s[t] * (1 - (a[t] / a[t_next]) ** 2) ** 0.5
-        z = gaussian(x.shape[1:], generators, x.device) if eta else 0.0
-        x = a[t_next] * aim + (s[t_next] ** 2 - sigma ** 2) ** 0.5 * eps_hat + sigma * z
+        alpha_bar_t, alpha_bar_next = alpha_bar[[t, t_next]].tolist()
+        eps_hat = (x - alpha_bar_t ** 0.5 * aim) / (1 - alpha_bar_t) ** 0.5   # fits the clipped aim
+        posterior = (1 - alpha_bar_next) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_next)
+        sigma = eta * posterior ** 0.5
+        x = alpha_bar_next ** 0.5 * aim + (1 - alpha_bar_next - sigma ** 2) ** 0.5 * eps_hat
+        if eta:
+            x = x + sigma * gaussian(x.shape[1:], generators, x.device)
         yield x
 
 def draw(net, config, y, *, frames=1, sampler="dpm", steps=None, eta=None, guidance=1.5, seed=0):
     """Draw a picture for each label of y (n,), 250 at a time: uint8 (frames, n, C, H, W), or fewer
-    frames if there are fewer steps; the last is the sample. Picture i depends on (seed, i, y[i]).
+    frames if there are fewer steps, the last the sample. Picture i depends on (seed, i, y[i]).
     sampler: Algorithm 2, DDIM or DPM-Solver++(2M). steps: how many from T to 0, if not said 1000
     for ddpm, 50 for ddim, 20 for dpm, at most T. eta: noise of ddim, 1 is ddpm. guidance: 0 ignores
     the label, 1 heeds it, more overdoes it. seed: of all that is random."""
     T, steps = config["T"], steps or min(config["T"], SAMPLERS[sampler][2])
-    shape = [config["net"][side] for side in ("channels", "size", "size")]
+    began, shape = time.perf_counter(), [config["net"][k] for k in ("channels", "size", "size")]
     require(steps <= T, f"--steps {steps}: this net knows T = {T} steps")
     require(eta is None or sampler == "ddim", f"--eta is for --sampler ddim, {sampler} has its own")
     ts = [T * i // steps for i in range(steps, -1, -1)]                  # from T to 0, evenly
     kept, films = {steps - steps * i // max(1, frames - 1) for i in range(frames)}, []
     alpha_bar, device = noise_schedule(config["schedule"], T), net.stem.weight.device
-    began = time.perf_counter()
     for first in range(0, len(y), 250):
         labels, film = y[first:first + 250].to(device), []
         generators = [stream(seed, first + i) for i in range(len(labels))]
@@ -296,7 +298,7 @@ def draw_curve(losses):
 
 def status(done, began, text=""):
     """Show a text and the time left on stderr, at a share done in 0..1 of what began at that time:
-    in a terminal a line that is redrawn, blank at last; elsewhere a new line every ten seconds."""
+    in a terminal a line that is redrawn, blank at last, elsewhere a new line every ten seconds."""
     terminal, now = sys.stderr.isatty(), time.perf_counter()
     width = shutil.get_terminal_size().columns - 1
     if done == 1 and terminal:
@@ -310,7 +312,7 @@ def status(done, began, text=""):
 # A data set is one uint8 tensor in memory: no loader, no workers, no waiting.
 def glyphs(root=None, train=True, download=False):
     """Digits in Pillow's own font, in many sizes, weights, places, slants and turns; no download.
-    Like a torchvision set: data uint8 (n,28,28), targets, classes; n = 10,000, or 1,000 to test."""
+    Like a torchvision set: data uint8 (n,28,28), targets, classes, n = 10,000, or 1,000 to test."""
     fonts, data = [ImageFont.load_default(size) for size in range(23, 32)], []
     chances = torch.rand(10_000 if train else 1_000, 6, generator=stream(train, 0)).tolist()
     for i, (size, weight, right, down, slant, turn) in enumerate(chances):
@@ -328,7 +330,7 @@ def load_data(dataset, data="data", train=True):
     """Load a data set; what is not in the folder `data` is downloaded into it. Raises OSError.
     Returns images uint8 (N,C,H,W), labels int64 (N,), the names of the classes."""
     try:
-        with contextlib.redirect_stdout(None):                  # it tells of each mirror
+        with contextlib.redirect_stdout(None):       # it tells of each mirror
             found = DATASETS[dataset](data, train=train, download=True)
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
         raise OSError(f"{dataset} is not in {Path(data).resolve()} and can't be downloaded there "
@@ -442,9 +444,9 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
         stop, last_mark, mark = ended or done == 1, mark, int(done * marks + 1e-6)
         if stop or mark != last_mark:                # at the very start too: can it be written?
             status(1, began)
-            states = {name: part.state_dict() for name, part in parts.items()}
             save_run(out, {"format": "ddpm.py 1", "config": config, "flags": flags, "step": step,
-                           "log": log, "seconds": seconds, **states}, averaged)
+                           "log": log, "seconds": seconds,
+                           **{name: part.state_dict() for name, part in parts.items()}}, averaged)
         if stop:
             break
         tick = time.perf_counter()
@@ -461,21 +463,22 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
         update_average(averaged, net, step, ema)
         step, speed = step + 1, round(batch_size / (time.perf_counter() - tick))
         log.append((step, round(seconds, 3), value, rate, speed))
-        at = f"epoch {step / len(images) * batch_size:.2f}" if total else f"{seconds / 60:.1f} minutes"
+        epoch = step / len(images) * batch_size
+        at = f"epoch {epoch:.2f}" if total else f"{seconds / 60:.1f} minutes"
         status(done, began, f"{at} · step {step:,} · loss {value:.4f} · {speed:,} images/s")
     for number, handler in zip(signals, handlers):
         signal.signal(number, handler)
     print(f"stopped; to go on: python ddpm.py train --resume --out {out}" if ended else "done")
     return 128 + ended[0] if ended else 0
 
-# ---- 10. The command line -----------------------------------------------------------------------
+# ---- 10. The command line ------------------------------------------------------------------------
 # A command is a function; its flags are the function's arguments, their defaults stand there.
 def sample(*, ckpt=None, digit=None, n=None, out="samples.png", gif=False, raw=None, device=None,
            **drawing):
     """Draw pictures with a trained net: a PNG, and on demand a GIF of how they come out of noise.
 
     ckpt: checkpoint to draw with, the newest run's if not said. digit: classes of a row, in order,
-    all if not said. n: number of rows, 10, or 1 of a digit said. out: the PNG. gif: a GIF too.
+    all if not said. n: number of rows, 1 with digit, else 10. out: the PNG. gif: a GIF too.
     raw: .pt to write {images: uint8 (n,C,H,W), labels: int64 (n,), -1 for none} to. device: cpu,
     cuda, cuda:1, mps, the best there is if not said."""
     net, config = load_net(ckpt, device)
