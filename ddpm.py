@@ -17,12 +17,13 @@ dpm are few enough), latent space (digits are small), text (ten words need no mo
 import argparse, contextlib, copy, inspect, itertools, math, os, re, shutil, signal, sys
 import time, types, warnings
 from functools import partial
+from json import dumps
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from torch import nn
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import distributed, nn
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
@@ -91,7 +92,7 @@ def diffusion_loss(net, x0, y, t, eps, alpha_bar, predict="v", loss="huber"):
     """E ‖target - net(x_t, t, y)‖ (Ho et al. 2020, alg. 1; eq. 14 is eps with l2): a scalar.
     x0, eps (B,C,H,W), y (B,) labels or NULL, t (B,) int64 on the CPU, in 1..T."""
     out = net(q_sample(x0, t, eps, alpha_bar), t.to(x0.device), y)
-    return LOSSES[loss](out, target(predict, x0, eps, *rates(alpha_bar, t, x0)))
+    return LOSSES[loss](out.float(), target(predict, x0, eps, *rates(alpha_bar, t, x0)))
 
 def stream(seed, i):
     """The i-th random stream of a seed: a CPU generator, for the same numbers on every device.
@@ -153,7 +154,8 @@ class Attention(nn.Module):
 
 class UNet(nn.Module):
     """net(x, t, y) is eps, v or x0, shaped like x (B,channels,size,size); t (B,) in 1..T; y (B,) in
-    0..classes-1 or NULL (with no classes always NULL). Raises Mistake."""
+    0..classes-1 or NULL (with no classes always NULL), or shares of them (B,classes+1), NULL last.
+    Raises Mistake."""
     def __init__(self, size=28, channels=1, classes=10, width=48):
         super().__init__()
         require(size % 4 == 0, f"the net takes squares with a side divisible by 4, not {size}")
@@ -170,7 +172,8 @@ class UNet(nn.Module):
 
     def forward(self, x, t, y):
         time = self.time(time_embedding(t, self.time[0].in_features))
-        emb = F.silu(time + self.label.weight[y])                        # (B, 4w)
+        label = y @ self.label.weight if y.is_floating_point() else self.label.weight[y]
+        emb = F.silu(time + label)                                       # (B, 4w)
         h1 = self.down1(self.stem(F.pixel_unshuffle(x, 2)), emb)         # (B, w, size/2, size/2)
         h2 = self.down2(self.shrink(h1), emb)                            # (B, 2w, size/4, size/4)
         h = self.middle(self.attention(h2), emb)
@@ -184,27 +187,33 @@ class UNet(nn.Module):
 # One loop for all: guess the picture, take a step towards the guess, and look again from there.
 SAMPLERS = {"ddpm": (1, 1.0, 1000), "ddim": (1, 0.0, 50), "dpm": (2, 0.0, 20)}  # order, eta, steps
 
-def predict_x0(net, x, t, *, y, alpha_bar, predict, guidance=1.0):
+def predict_x0(net, x, t, *, y, alpha_bar, predict, guidance=1.0, threshold=None):
     """x0_hat from x_t (B,C,H,W) at one t in 1..T, clipped to [-1,1], where pictures are. Guidance w
-    is 1 + that of Ho & Salimans 2022, eq. 6: out_NULL + w·(out_y - out_NULL)."""
-    times = torch.full((len(x),), t)
-    out = net(x, times.to(x.device), y if guidance else torch.full_like(y, NULL))
+    is 1 + that of Ho & Salimans 2022, eq. 6: out_NULL + w·(out_y - out_NULL). Dynamic thresholding
+    clips at s, that quantile of |x0_hat|, and divides by it (Saharia et al. 2022, sec. 2.3)."""
+    times, null = torch.full((len(x),), t), torch.full((len(x),), NULL, device=x.device)
+    out = net(x, times.to(x.device), y if guidance else null)
     if guidance not in (0, 1):
-        out_null = net(x, times.to(x.device), torch.full_like(y, NULL))
+        out_null = net(x, times.to(x.device), null)
         out = out_null + guidance * (out - out_null)
-    return x0_from(predict, out, x, *rates(alpha_bar, times, x)).clamp(-1, 1)
+    x0_hat, s = x0_from(predict, out, x, *rates(alpha_bar, times, x)), torch.ones(1).to(x)
+    if threshold:
+        s = x0_hat.abs().flatten(1).quantile(threshold, dim=1).clamp(min=1).view(-1, 1, 1, 1)
+    return x0_hat.clamp(-s, s) / s
 
-def gaussian(shape, generators, device="cpu"):
-    """Noise (B,*shape), each picture's from its own generator: none depends on its neighbours."""
-    return torch.stack([torch.randn(shape, generator=random) for random in generators]).to(device)
+def gaussian(shape, hands, device="cpu"):
+    """Noise (B,*shape): Σ w·z over the (stream, w) of each picture's hand, normal if Σ w² = 1."""
+    noise = [sum(w * torch.randn(shape, generator=random) for random, w in hand) for hand in hands]
+    return torch.stack(noise).to(device)
 
 @torch.no_grad()
-def denoise(x0_at, x, ts, alpha_bar, generators, sampler="dpm", eta=None):
+def denoise(x0_at, x, ts, alpha_bar, noise, sampler="dpm", eta=None):
     """Algorithm 2 (Ho et al. 2020): yield x (B,C,H,W) at each t of the falling list ts, x first.
-    x0_at(x, t) is x0_hat. The step is DDIM's: x_next = √ᾱ_next·x0_hat + √(1-ᾱ_next-σ²)·eps_hat+σz,
-    σ² = η²·(1-ᾱ_next)/(1-ᾱ_t)·(1-ᾱ_t/ᾱ_next) (Song et al. 2021, eq. 12, 16). η = 0 has no noise,
-    η = 1 is DDPM: σ² is then the variance of q(x_next | x_t, x0) (Ho et al., eq. 7). Order 2 is
-    DPM-Solver++(2M) (Lu et al. 2022, alg. 2): the same step, aimed ahead along x0_hat's course."""
+    x0_at(x, t) is x0_hat, noise() is z. The step is that of DDIM (Song et al. 2021, eq. 12, 16):
+    x_next = √ᾱ_next·x0_hat + √(1-ᾱ_next-σ²)·eps_hat + σ·z, where eps_hat is what x0_hat leaves of x,
+    σ² = η²·(1-ᾱ_next)/(1-ᾱ_t)·(1-ᾱ_t/ᾱ_next). η = 0 has no noise, η = 1 is DDPM: σ² is then the variance of q(x_next | x_t, x0) (Ho et al.,
+    eq. 7). Order 2 is DPM-Solver++(2M) (Lu et al. 2022, alg. 2): the same step, aimed ahead along
+    x0_hat's course."""
     order, own_eta, _ = SAMPLERS[sampler]
     eta, x0_past = own_eta if eta is None else eta, None
     lam = (alpha_bar.logit() / 2).tolist()           # λ = log(signal_rate/noise_rate), ∞ at t = 0
@@ -221,34 +230,52 @@ def denoise(x0_at, x, ts, alpha_bar, generators, sampler="dpm", eta=None):
         sigma = eta * posterior ** 0.5
         x = alpha_bar_next ** 0.5 * aim + (1 - alpha_bar_next - sigma ** 2) ** 0.5 * eps_hat
         if eta:
-            x = x + sigma * gaussian(x.shape[1:], generators, x.device)
+            x = x + sigma * noise()
         yield x
 
-def draw(net, config, y, *, frames=1, sampler="dpm", steps=None, eta=None, guidance=1.5, seed=0):
-    """Draw a picture for each label of y (n,), 250 at a time: uint8 (frames, n, C, H, W), or fewer
-    frames if there are fewer steps, the last the sample. Picture i depends on (seed, i, y[i]).
-    sampler: Algorithm 2, DDIM or DPM-Solver++(2M). steps: how many from T to 0, if not said 1000
-    for ddpm, 50 for ddim, 20 for dpm, at most T. eta: noise of ddim, 1 is ddpm. guidance: 0 ignores
-    the label, 1 heeds it, more overdoes it. seed: of all that is random."""
+def draw(net, config, y, *, hands=None, x0=None, strength=1.0, frames=1, sampler="dpm", steps=None,
+         eta=None, guidance=1.5, threshold=None, seed=0):
+    """Draw a picture for each label of y (n,), or mix of labels (n,classes+1), 250 at a time: uint8
+    (frames,n,C,H,W), or fewer frames if there are fewer steps, the last the sample. Picture i has
+    the noise of stream i, or Σ w·z of hands[i] = {stream: w}: none depends on its neighbours. With
+    strength < 1 it starts at t = strength·T from x0 (n,C,H,W), noised (SDEdit, Meng et al. 2022).
+    sampler: Algorithm 2, DDIM or DPM-Solver++(2M). steps: how many, if not said 1000 for ddpm, 50
+    for ddim, 20 for dpm, at most T. eta: noise of ddim, 1 is ddpm. guidance: 0 ignores the label,
+    1 heeds it, more overdoes it. threshold: quantile for dynamic thresholding, 0.995 for one, in
+    place of a clip at 1. seed: of all that is random."""
     T, steps = config["T"], steps or min(config["T"], SAMPLERS[sampler][2])
     began, shape = time.perf_counter(), [config["net"][k] for k in ("channels", "size", "size")]
     require(steps <= T, f"--steps {steps}: this net knows T = {T} steps")
     require(eta is None or sampler == "ddim", f"--eta is for --sampler ddim, {sampler} has its own")
-    ts = [T * i // steps for i in range(steps, -1, -1)]                  # from T to 0, evenly
-    kept, films = {steps - steps * i // max(1, frames - 1) for i in range(frames)}, []
-    alpha_bar, device = noise_schedule(config["schedule"], T), net.stem.weight.device
-    for first in range(0, len(y), 250):
-        labels, film = y[first:first + 250].to(device), []
-        generators = [stream(seed, first + i) for i in range(len(labels))]
-        x0_at = partial(predict_x0, net, y=labels, alpha_bar=alpha_bar, predict=config["predict"],
+    start, hands = round(strength * T), hands or [{i: 1.0} for i in range(len(y))]
+    ts = sorted({start * i // steps for i in range(steps + 1)}, reverse=True)     # evenly to 0
+    kept = {len(ts) - 1 - (len(ts) - 1) * i // max(1, frames - 1) for i in range(frames)}
+    alpha_bar, device, films = noise_schedule(config["schedule"], T), net.stem.weight.device, []
+    for part in (slice(first, first + 250) for first in range(0, len(y), 250)):
+        streams = [[(stream(seed, i), w) for i, w in hand.items()] for hand in hands[part]]
+        noise, film = partial(gaussian, shape, streams, device), []
+        x0_at = partial(predict_x0, net, y=y[part].to(device), alpha_bar=alpha_bar,
+                        predict=config["predict"], threshold=threshold,
                         guidance=guidance if config["classes"] else 0)
-        x = gaussian(shape, generators, device)
-        for i, x in enumerate(denoise(x0_at, x, ts, alpha_bar, generators, sampler, eta)):
+        x = noise()
+        if start < T:
+            x = q_sample(x0[part].to(device), torch.tensor([start]), x, alpha_bar)
+        for i, x in enumerate(denoise(x0_at, x, ts, alpha_bar, noise, sampler, eta)):
             film += [to_uint8(x).cpu()] if i in kept else []
-            drawn = first + len(labels) * i / steps
+            drawn = part.start + len(x) * i / len(ts)
             status(drawn / len(y), began, f"{drawn:,.0f} of {len(y):,} pictures drawn")
         films.append(torch.stack(film))
     return torch.cat(films, dim=1)
+
+def morph_path(labels, classes, frames=24):
+    """Lead from label to label, if more than two round to the first again, each leg in frames steps:
+    y (n,classes+1) on a line, hands on a circle, cos·z_a + sin·z_b, for noise to stay normal."""
+    one_hot, y, hands, legs = torch.eye(classes + 1), [], [], len(labels) if len(labels) > 2 else 1
+    for leg, k in itertools.product(range(legs), range(frames + 1)):
+        after, angle = (leg + 1) % len(labels), math.pi / 2 * k / frames
+        y.append(torch.lerp(one_hot[labels[leg]], one_hot[labels[after]], k / frames))
+        hands.append({leg: math.cos(angle), after: math.sin(angle)})
+    return torch.stack(y), hands
 
 # ---- 6. Pictures ---------------------------------------------------------------------------------
 # What people look at, and what they look at while they wait.
@@ -324,33 +351,80 @@ def glyphs(root=None, train=True, download=False):
     return types.SimpleNamespace(data=torch.cat(data), targets=torch.arange(len(data)) % 10,
                                  classes=list("0123456789"))
 
-DATASETS = {"mnist": datasets.MNIST, "glyphs": glyphs}
+def open_picture(path, mode="RGB"):
+    """Read a picture file, upright, on white where it is transparent. Raises Mistake."""
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            picture = picture.convert("L" if picture.mode[0] in "IF" else "RGBA").convert("RGBA")
+            paper = Image.new("RGBA", picture.size, "white")
+            return Image.alpha_composite(paper, picture).convert(mode)
+    except Exception as error:                       # Pillow has a dozen ways to refuse a file
+        raise Mistake(f"{path} is no picture that Pillow can read ({error})") from None
 
-def load_data(dataset, data="data", train=True):
+def folder(root, train=True, download=False, size=32):
+    """Your own pictures, root/CLASS/*, cut to colour squares, every tenth kept for testing. Like a
+    torchvision set: data uint8 (n,size,size,3), targets, classes."""
+    found, kept = datasets.ImageFolder(root), []
+    for path, label in found.samples:
+        try:
+            kept.append((pil_to_tensor(ImageOps.fit(open_picture(path), (size, size))), label))
+        except Mistake as error:
+            print(f"skipped: {error}", file=sys.stderr)
+    print(f"{len(kept)} pictures in {root}, {len(found) - len(kept)} skipped", file=sys.stderr)
+    data, targets = zip(*[one for i, one in enumerate(kept) if (i % 10 > 0) == train])
+    return types.SimpleNamespace(data=torch.stack(data).permute(0, 2, 3, 1), targets=targets,
+                                 classes=found.classes)
+
+DATASETS = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST, "kmnist": datasets.KMNIST,
+            "cifar10": datasets.CIFAR10, "glyphs": glyphs, "folder": folder}
+
+def load_data(dataset, data="data", size=None, train=True):
     """Load a data set; what is not in the folder `data` is downloaded into it. Raises OSError.
     Returns images uint8 (N,C,H,W), labels int64 (N,), the names of the classes."""
     try:
         with contextlib.redirect_stdout(None):       # it tells of each mirror
-            found = DATASETS[dataset](data, train=train, download=True)
+            options = {"size": size} if dataset == "folder" and size else {}
+            found = DATASETS[dataset](data, train=train, download=True, **options)
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
-        raise OSError(f"{dataset} is not in {Path(data).resolve()} and can't be downloaded there "
+        raise OSError(f"{dataset} can't be read from {Path(data).resolve()} or downloaded to it "
                       f"({error}): point --data to it, or try --dataset glyphs") from None
     images, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     return images, labels, [name.split(" - ")[0].lower() for name in found.classes]
 
+def read_pictures(path, channels, size):
+    """Read what is to be redrawn: (k,C,size,size) in [-1,1]. For a grey net a picture of any other
+    size is a row of k digits: paper turns black, each is cut out and centred. Raises Mistake."""
+    picture, inner = open_picture(path, "L" if channels == 1 else "RGB"), size * 5 // 7
+    if channels == 1 and pil_to_tensor(picture)[0, [0, -1]].float().mean() > 127:
+        picture = ImageOps.invert(picture)
+    parts = [ImageOps.fit(picture, (size, size))]
+    if channels == 1 and picture.size != (size, size):
+        picture.thumbnail((100 * size, 4 * size))
+        picture = ImageOps.autocontrast(picture, cutoff=(50, 1))
+        ink = pil_to_tensor(picture)[0] > 127                            # (height, width)
+        edges = F.pad(ink.any(0).int(), (1, 1)).diff().nonzero().view(-1, 2).tolist()
+        rows = [ink[:, left:right].any(1).nonzero() for left, right in edges]
+        boxes = [(left, top.min().item(), right, top.max().item() + 1)
+                 for (left, right), top in zip(edges, rows)]
+        parts = [ImageOps.pad(picture.crop(box), (inner, inner)) for box in boxes
+                 if box[3] - box[1] > size / 2]      # what is lower is dirt; MNIST's are 20 of 28
+        parts = [ImageOps.expand(part, (size - inner) // 2) for part in parts]
+    require(parts, f"{path}: no digit stands out in it")
+    return torch.stack([pil_to_tensor(part) for part in parts]) / 127.5 - 1
+
 # ---- 8. Checkpoints ------------------------------------------------------------------------------
 # Tensors, numbers and strings only: loading runs no code. (seed, step) is all the random state.
-def load(path):
-    """Read a checkpoint: a dict, as `train` has it written. Raises Mistake if there is none."""
-    require(Path(path).is_file(), f"there is no checkpoint {path}: `ddpm.py train` makes one")
+def load(path, keys=("config", "flags", "step", "log", "seconds", "net", "ema", "optimizer")):
+    """Read a dict that has these keys, by default a checkpoint. Raises Mistake if there is none."""
+    require(Path(path).is_file(), f"there is no file {path}: `ddpm.py train` makes checkpoints")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        require(all(key in found for key in keys) and found["format"] == "ddpm.py 1", "not ours")
     except Exception:                                # torch.load has a dozen ways to refuse a file
-        checkpoint = None
-    require(isinstance(checkpoint, dict) and checkpoint.get("format") == "ddpm.py 1",
-            f"{path} is not a checkpoint of this program, or not a whole one")
-    return checkpoint
+        raise Mistake(f"{path} is not a file of this program, or not a whole one") from None
+    return found
 
 def load_net(ckpt=None, device=None):
     """The averaged net of a checkpoint, by default of the newest run: (net, config)."""
@@ -365,6 +439,8 @@ def load_net(ckpt=None, device=None):
 def pick_device(name=None):
     """The torch device of that name, by default CUDA, else MPS, else the CPU."""
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))      # of torchrun
     try:
         return torch.ones(1, device=name or best).cpu().to(name or best).device
     except Exception:                                # each kind of device is missing in its own way
@@ -378,6 +454,15 @@ def update_average(averaged, net, step, ema):
     decay = min(ema, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), 1 - decay)
 
+def agree(*values):
+    """The mean of each number over the processes that torchrun has started: all of them get it."""
+    if distributed.is_initialized():
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+        means = torch.tensor(values, dtype=torch.float64, device=device)
+        distributed.all_reduce(means)
+        values = (means / distributed.get_world_size()).tolist()
+    return values
+
 def save_run(out, checkpoint, net):
     """Write ddpm.pt, log.csv, loss.png, samples-STEP.png (five rows, always the same noise)."""
     log, step, config = (checkpoint[key] for key in ("log", "step", "config"))
@@ -390,29 +475,42 @@ def save_run(out, checkpoint, net):
         write_pictures(out / f"samples-{step:06}.png", draw(net, config, y)[-1], len(y) // 5)
     print(f"step {step:,}: {out}/ddpm.pt, log.csv, loss.png, samples-{step:06}.png", flush=True)
 
-def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedule="cosine",
-          predict="v", loss="huber", cond="class", width=48, epochs=None, steps=None, minutes=None,
-          batch_size=32, lr=2e-3, ema=0.999, label_drop=0.1, grad_clip=1.0, seed=0, resume=None):
+def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1000,
+          schedule="cosine", predict="v", loss="huber", cond="class", width=48, epochs=None,
+          steps=None, minutes=None, batch_size=32, lr=2e-3, ema=0.999, label_drop=0.1,
+          grad_clip=1.0, amp=False, compile=False, seed=0, resume=None):
     """Train a net: by default ten minutes, on MNIST, to draw the digit that it is asked for.
 
     Writes ddpm.pt, log.csv, loss.png and samples-STEP.png into a folder: at once, and after each
     epoch, else tenth of the budget. The learning rate rises over 100 updates, then falls to 0 over
-    the budget. resume is a checkpoint, from `load`. Returns the exit status.
-    dataset: what to learn to draw, glyphs needs no download. data: folder of the data sets. out:
+    the budget. Each process of torchrun takes its share of a batch. resume is a checkpoint, from
+    `load`. Returns the exit status.
+    dataset: what to learn to draw, glyphs needs no download. data: folder of the data sets, or of
+    yours, with a folder for each class. size: side that yours are cut to, 32 if not said. out:
     folder of the run, runs/DATASET if not said. device: cpu, cuda, cuda:1, mps, the best if not
     said. T: number of noise steps. schedule: how the noise grows over them. predict: what the net
     answers. loss: how its error is measured. cond: whether it learns the labels. width: channels of
     its finest maps, divisible by 8. epochs: budget in passes through the data. steps: budget in
-    updates. minutes: budget in wall time, 10 if none is said. batch_size: pictures an update. lr:
-    learning rate at its highest. ema: decay of the averaged weights. label_drop: share of labels
-    hidden, for guidance. grad_clip: longest gradient, 0 for any. seed: of all that is random.
-    resume: go on with the run in out, as begun but for what is said anew."""
+    updates. minutes: budget in wall time, 10 if none is said. batch_size: pictures an update, of
+    all processes. lr: learning rate at its highest. ema: decay of the averaged weights. label_drop:
+    share of labels hidden, for guidance. grad_clip: longest gradient, 0 for any. amp: bfloat16
+    where it is quick (cpu, cuda). compile: torch.compile, needs a C++ compiler. seed: of all that
+    is random. resume: go on with the run in out, as begun but for what is said anew."""
     flags = {k: v for k, v in locals().items() if k not in ("out", "device", "resume")}
     device, out = pick_device(device), Path(out or f"runs/{dataset}")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     require((epochs, steps, minutes).count(None) > 1, "give one of --epochs, --steps, --minutes")
+    require(batch_size % world == 0, f"--batch-size {batch_size} has no equal parts for {world}")
+    require(dataset == "folder" or size is None, "--size is for --dataset folder")
+    require(not amp or device.type in ("cpu", "cuda"), f"--amp is not for {device.type}")
     require(resume or not (out / "ddpm.pt").exists(),
             f"{out}/ddpm.pt exists: --resume goes on with it, --out names another folder")
-    images, labels, classes = load_data(dataset, data)
+    if world > 1:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    for turn in range(world):                        # one after the other: the first may download
+        if turn == rank:
+            images, labels, classes = load_data(dataset, data, size)
+        agree(turn)
     classes = classes if cond == "class" else []
     config = {"dataset": dataset, "classes": classes, "T": T, "schedule": schedule,
               "predict": predict, "net": {"size": images.shape[2], "channels": images.shape[1],
@@ -433,6 +531,8 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
     total, marks = steps or (epochs or 0) * math.ceil(len(images) / batch_size), epochs or 10
     weights = sum(parameter.numel() for parameter in net.parameters())
     print(f"{weights:,} weights learn {len(images):,} pictures of {dataset} on {device}")
+    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    model = torch.compile(model) if compile else model
     mark, ended, signals = None, [], (signal.SIGINT, signal.SIGTERM)
     def end(number, frame):
         ended.append(number)
@@ -440,9 +540,10 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
     handlers = [signal.signal(number, end) for number in signals]
     while True:
         seconds = time.perf_counter() - began
-        done = min(1, step / total if total else seconds / 60 / (minutes or 10))
-        stop, last_mark, mark = ended or done == 1, mark, int(done * marks + 1e-6)
-        if stop or mark != last_mark:                # at the very start too: can it be written?
+        done, stop = agree(min(1, step / total if total else seconds / 60 / (minutes or 10)),
+                           len(ended))
+        stop, last_mark, mark = stop or done == 1, mark, int(done * marks + 1e-6)
+        if rank == 0 and (stop or mark != last_mark):    # at the very start too: can it be written?
             status(1, began)
             save_run(out, {"format": "ddpm.py 1", "config": config, "flags": flags, "step": step,
                            "log": log, "seconds": seconds,
@@ -450,14 +551,17 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
         if stop:
             break
         tick = time.perf_counter()
-        x0, y, t, eps = training_batch(images, labels, step, batch_size=batch_size, T=T, seed=seed,
-                                       label_drop=label_drop if classes else 1)
-        error = diffusion_loss(net, x0, y, t, eps, alpha_bar, predict, loss)
+        batch = training_batch(images, labels, step, batch_size=batch_size, T=T, seed=seed,
+                               label_drop=label_drop if classes else 1)
+        x0, y, t, eps = (part[rank::world] for part in batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            error = diffusion_loss(model, x0, y, t, eps, alpha_bar, predict, loss)
         optimizer.zero_grad()
         error.backward()
-        norm, value = nn.utils.clip_grad_norm_(net.parameters(), grad_clip or 1e30), error.item()
-        require(math.isfinite(value + norm.item()), f"the loss is {value}, its gradient {norm:.3g} "
-                f"at step {step + 1}: resume with a lower --lr")
+        norm = nn.utils.clip_grad_norm_(net.parameters(), grad_clip or 1e30).item()
+        value, = agree(error.item())
+        require(math.isfinite(value + norm), f"the loss is {value}, its gradient {norm:.3g} at "
+                f"step {step + 1}: resume with a lower --lr")
         rate = optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 - done)
         optimizer.step()
         update_average(averaged, net, step, ema)
@@ -468,29 +572,126 @@ def train(*, dataset="mnist", data="data", out=None, device=None, T=1000, schedu
         status(done, began, f"{at} · step {step:,} · loss {value:.4f} · {speed:,} images/s")
     for number, handler in zip(signals, handlers):
         signal.signal(number, handler)
-    print(f"stopped; to go on: python ddpm.py train --resume --out {out}" if ended else "done")
-    return 128 + ended[0] if ended else 0
+    if world > 1:
+        distributed.destroy_process_group()
+    print("done" if done == 1 else f"stopped; to go on: python ddpm.py train --resume --out {out}")
+    return 0 if done == 1 else 128 + (ended or [signal.SIGTERM])[0]
 
-# ---- 10. The command line ------------------------------------------------------------------------
+# ---- 10. Evaluation ------------------------------------------------------------------------------
+# A small classifier says whether samples are what was asked for, and how like real ones they look.
+def classifier(dataset, images, labels, classes, data):
+    """A net that reads pictures, 64 features before its last layer. It learns once, from images
+    uint8 (N,C,H,W), four times through, and is kept in the folder data: nn.Sequential."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(images.shape[1], 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+                        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+                        nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4),
+                        nn.Flatten(), nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, len(classes)))
+    net, path = net.to(images.device), Path(data, f"{dataset}-classifier.pt")
+    if path.exists():
+        net.load_state_dict(load(path, ["net"])["net"])
+        return net
+    steps, began = len(images) // 16, time.perf_counter()
+    optimizer = torch.optim.Adam(net.parameters())
+    for step in range(steps):
+        x0, y, _, _ = training_batch(images, labels, step, batch_size=64, T=2, label_drop=0, seed=0)
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+        optimizer.zero_grad()
+        F.cross_entropy(net(x0), y).backward()
+        optimizer.step()
+        status(step / steps, began, f"learning to read {dataset}, once")
+    write(path, partial(torch.save, {"format": "ddpm.py 1", "net": net.state_dict()}))
+    return net
+
+def frechet(a, b):
+    """|μ_a-μ_b|² + Tr(Σ_a + Σ_b - 2√(Σ_aΣ_b)) of features (n,d), (m,d) (Heusel et al. 2017)."""
+    a, b = a.double().cpu(), b.double().cpu()
+    root = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).real.clamp(min=0).sqrt().sum()
+    spread = a.T.cov().trace() + b.T.cov().trace() - 2 * root
+    return ((a.mean(0) - b.mean(0)).square().sum() + spread).item()
+
+@torch.no_grad()
+def rate(reader, images, labels, real):
+    """Rate pictures uint8 (n,C,H,W) by a classifier: the share that it reads as their labels (None
+    without labels), the Fréchet distance of their features from those of real ones, and the score
+    exp E KL(p(y|x) ‖ p(y)), from 1 to the number of classes (Salimans et al. 2016, sec. 4)."""
+    ours, theirs = (torch.cat([reader[:-1](part.to(real.device) / 127.5 - 1)
+                               for part in pictures.split(500)]) for pictures in (images, real))
+    p, labels = reader[-1](ours).softmax(1).double().cpu(), labels.cpu()
+    score = (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1).mean().exp().item()
+    right = None if (labels == NULL).any() else (p.argmax(1) == labels).double().mean().item()
+    return {"right": right, "distance": frechet(ours, theirs), "score": score}
+
+def evaluate(*, ckpt=None, dataset="mnist", data="data", n=1000, raw=None, json=None, device=None,
+             **drawing):
+    """Rate samples: are they what was asked for, and do they look like the test set's pictures?
+
+    The floor is what n pictures of the training set get. The distance is one of our own small
+    classifier's features, not to be compared with an Inception-FID.
+    ckpt: checkpoint to rate, the newest run's if not said. dataset: what pictures of raw are to be.
+    data: folder of the data sets. n: number of samples. raw: .pt from sample to rate, in place of a
+    net. json: file for the figures. device: cpu, cuda, cuda:1, mps, the best if not said."""
+    device, saved = pick_device(device), load(raw, ["images", "labels"]) if raw else None
+    if not raw:
+        net, config = load_net(ckpt, device)
+        dataset = config["dataset"]
+    size = saved["images"].shape[-1] if raw else config["net"]["size"]
+    real, truth, classes = load_data(dataset, data, size)
+    reader = classifier(dataset, real.to(device), truth.to(device), classes, data)
+    pick = torch.randint(len(real), (len(saved["labels"]) if raw else n,), generator=stream(0, 0))
+    labels = saved["labels"] if raw else truth[pick] if config["classes"] else NULL + 0 * pick
+    images = saved["images"] if raw else draw(net, config, labels, **drawing)[-1]
+    require(images.shape[1:] == real.shape[1:], f"{raw} has another size than {dataset}")
+    test = load_data(dataset, data, size, train=False)[0].to(device)
+    table = {"samples": rate(reader, images, labels, test),
+             "floor": rate(reader, real[pick], truth[pick], test)}
+    print(f"n = {len(pick):<8,} read right  distance  score   (our own features: no Inception-FID)")
+    for name, row in table.items():
+        right = "-" if row["right"] is None else f"{row['right']:.1%}"
+        print(f"{name:12} {right:>10} {row['distance']:9.3f} {row['score']:6.3f}")
+    if json:
+        figures = dumps({"n": len(pick), **drawing, **table}, indent=1)
+        write(json, lambda file: file.write(figures.encode()))
+
+# ---- 11. The command line ------------------------------------------------------------------------
 # A command is a function; its flags are the function's arguments, their defaults stand there.
-def sample(*, ckpt=None, digit=None, n=None, out="samples.png", gif=False, raw=None, device=None,
-           **drawing):
+def sample(*, ckpt=None, digit=None, morph=None, style="free", init=None, strength=None, n=None,
+           out="samples.png", gif=False, raw=None, device=None, **drawing):
     """Draw pictures with a trained net: a PNG, and on demand a GIF of how they come out of noise.
 
     ckpt: checkpoint to draw with, the newest run's if not said. digit: classes of a row, in order,
-    all if not said. n: number of rows, 1 with digit, else 10. out: the PNG. gif: a GIF too.
-    raw: .pt to write {images: uint8 (n,C,H,W), labels: int64 (n,), -1 for none} to. device: cpu,
-    cuda, cuda:1, mps, the best there is if not said."""
+    all if not said. morph: classes to lead from one to the next, in a GIF and a strip. style: same
+    draws each row in one hand, from one noise. init: picture to redraw, a row of digits too. n:
+    number of rows, 1 with digit, else 10. strength: share of T to noise init by, 0.6 if not said.
+    out: the PNG. gif: a GIF too. raw: .pt to write {images: uint8 (n,C,H,W), labels: int64 (n,), -1
+    for none} to. device: cpu, cuda, cuda:1, mps, the best there is if not said."""
     net, config = load_net(ckpt, device)
-    names = config["classes"]
-    for name in digit or ():
-        require(name in names, f"--digit {name}: this net knows {', '.join(names) or 'no labels'}")
-    row = [names.index(name) for name in digit or names] or [NULL] * 10
-    y = torch.tensor(row * (n or (1 if digit else 10)))
+    names, asked = config["classes"], [name.lower() for name in morph or digit or ()]
+    for name in asked:
+        require(name in names, f"{name}: this net knows {', '.join(names) or 'no labels'}")
+    require(names or style == "free", "--style same is for a net that knows labels")
+    require(init or strength is None, "--strength goes with --init")
+    row = [names.index(name) for name in asked or names] or [NULL] * 10
+    if morph:
+        require(len(row) > 1, "--morph leads from one class to another: name two or more")
+        y, drawing["hands"] = morph_path(row, len(names))
+        images = draw(net, config, y, **drawing)[-1]
+        strip = images.unflatten(0, (-1, 25))[:, ::4].flatten(0, 1)      # a row for each leg
+        return write_pictures(out, strip, 7, images[:, None])
+    if init:
+        pictures = read_pictures(init, config["net"]["channels"], config["net"]["size"])
+        row = row * len(pictures) if len(row) == 1 else row
+    place = torch.arange(len(row) * (n or (1 if digit else 10)))
+    if init:
+        drawing["strength"] = 0.6 if strength is None else strength
+        drawing["x0"] = pictures[place % len(row) % len(pictures)]
+    if style == "same":
+        drawing["hands"] = [{hand: 1.0} for hand in (place // len(row)).tolist()]
+    y = torch.tensor(row)[place % len(row)]
     film = draw(net, config, y, frames=40 if gif else 1, **drawing)
     write_pictures(out, film[-1], len(row), film if gif else ())
     if raw:
-        write(raw, partial(torch.save, {"images": film[-1], "labels": y}))
+        write(raw, partial(torch.save, {"format": "ddpm.py 1", "images": film[-1], "labels": y}))
 
 def forward(*, dataset="mnist", data="data", schedule="cosine", T=1000, out="noise.png", gif=False):
     """Draw pictures on their way to noise: a row for each class, columns at t = 0, T/10 .. T.
@@ -520,7 +721,11 @@ FLAGS = {  # what they mean stands in the docstrings, what they are by default i
     "--width": between(8, 512), "--epochs": between(1, 10**6), "--steps": between(1, 10**9),
     "--minutes": between(0.01, 1e6), "--batch-size": between(1, 10**6), "--lr": between(1e-9, 10.0),
     "--ema": between(0.0, 0.999999), "--label-drop": between(0.0, 1.0),
-    "--grad-clip": between(0.0, 1e9), "--digit": {"nargs": "+"}, "--n": between(1, 10**6),
+    "--grad-clip": between(0.0, 1e9), "--amp": {"action": "store_true"},
+    "--compile": {"action": "store_true"}, "--size": between(8, 512), "--digit": {"nargs": "+"},
+    "--morph": {"nargs": "+"}, "--style": {"choices": ["free", "same"]}, "--init": {},
+    "--strength": between(0.0, 1.0), "--n": between(1, 10**6), "--json": {},
+    "--threshold": between(0.5, 1.0),
     "--gif": {"action": "store_true"}, "--sampler": {"choices": SAMPLERS},
     "--eta": between(0.0, 1.0), "--guidance": between(0.0, 100.0), "--seed": between(0, 2**32 - 1)}
 
@@ -534,7 +739,7 @@ def main(argv=None):
     parser = Parser("ddpm.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="command")
     warnings.simplefilter("ignore")                  # of libraries: a user gets one line or none
-    for function in (train, sample, forward):
+    for function in (train, sample, evaluate, forward):
         arguments, doc = dict(inspect.signature(function).parameters), inspect.getdoc(function)
         if "drawing" in arguments:
             arguments.update(inspect.signature(draw).parameters)
@@ -552,6 +757,8 @@ def main(argv=None):
     try:
         given = vars(parser.parse_args(argv))
         function, out = given.pop("function"), given.get("out", ".png")
+        if int(os.environ.get("RANK", 0)):           # under torchrun the first one speaks for all
+            sys.stdout, status.shown = None, math.inf
         require(function is train or out.endswith(".png"), f"--out {out}: it has to end in .png")
         if "resume" in given:
             given["out"] = given.get("out", f"runs/{given.get('dataset', 'mnist')}")

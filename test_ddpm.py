@@ -7,22 +7,27 @@ import contextlib
 import csv
 import inspect
 import io
+import json
 import math
 import os
 import pickle
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
 import time
+import types
 import unittest
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torchvision import datasets
 
 import ddpm
 
@@ -33,9 +38,9 @@ GREY = {"dataset": "glyphs", "classes": list("0123456789"), "T": 20, "schedule":
         "predict": "v", "net": {"size": 28, "channels": 1, "classes": 10, "width": 8}}
 
 
-def streams(n):
-    """n random streams, as a sampler gets them."""
-    return [ddpm.stream(7, i) for i in range(n)]
+def noise(n, *shape):
+    """What draws noise for n pictures, each from a stream of its own, as a sampler gets it."""
+    return partial(ddpm.gaussian, shape, [[(ddpm.stream(7, i), 1.0)] for i in range(n)])
 
 
 def last(states):
@@ -274,6 +279,19 @@ class TheNet(unittest.TestCase):
         later = net(x, torch.tensor([6]), torch.tensor([ddpm.NULL]))
         self.assertFalse(torch.allclose(outs[0], later))
 
+    def test_a_label_may_be_a_mix_of_labels(self):
+        net = self.net()
+        for parameter in net.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        x, t, rows = torch.randn(1, 1, 28, 28), torch.tensor([5]), torch.eye(11)
+        for label, row in ((3, 3), (ddpm.NULL, 10)):
+            torch.testing.assert_close(net(x, t, rows[[row]]), net(x, t, torch.tensor([label])))
+        with torch.no_grad():
+            half = (net.label.weight[3] + net.label.weight[7]) / 2
+            mixed = net(x, t, (rows[[3]] + rows[[7]]) / 2)
+            net.label.weight[0] = half
+        torch.testing.assert_close(mixed, net(x, t, torch.tensor([0])))
+
     def test_the_time_embedding_is_sines_and_cosines(self):
         embedding = ddpm.time_embedding(torch.tensor([0, 3, 900]), 8)
         for i, t in enumerate((0, 3, 900)):
@@ -361,8 +379,8 @@ class Sampling(unittest.TestCase):
                 for sampler in ddpm.SAMPLERS:
                     for steps in (1, 2, 3, 7, 20, 40):
                         ts = [40 * i // steps for i in range(steps, -1, -1)]
-                        x = ddpm.gaussian((1, 4, 4), streams(2))
-                        x = last(ddpm.denoise(x0_at, x, ts, alpha_bar, streams(2), sampler))
+                        z = noise(2, 1, 4, 4)
+                        x = last(ddpm.denoise(x0_at, z(), ts, alpha_bar, z, sampler))
                         # at one step, eps tells x0 only through a division by √ᾱ_T
                         slack = 1e-5 if steps > 1 or predict != "eps" else 1e-2
                         torch.testing.assert_close(x, star.expand_as(x), atol=slack, rtol=0)
@@ -375,22 +393,22 @@ class Sampling(unittest.TestCase):
             mean = (alpha_bar[t - 1].sqrt() * beta / (1 - alpha_bar[t]) * x0_hat
                     + (1 - beta).sqrt() * (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]) * x)
             variance = (1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]) * beta
-            noise = torch.randn(1, 3, 3, generator=ddpm.stream(7, 0))
-            known = (mean + variance.sqrt() * noise).float()
+            z = torch.randn(1, 3, 3, generator=ddpm.stream(7, 0))
+            known = (mean + variance.sqrt() * z).float()
             for sampler, eta in (("ddpm", None), ("ddim", 1.0)):
-                got = last(ddpm.denoise(lambda x, t: x0_hat, x, [t, t - 1], alpha_bar, streams(1),
-                                        sampler, eta))
+                got = last(ddpm.denoise(lambda x, t: x0_hat, x, [t, t - 1], alpha_bar,
+                                        noise(1, 1, 3, 3), sampler, eta))
                 torch.testing.assert_close(got, known, atol=1e-5, rtol=1e-5)
 
     def test_eta_scales_the_noise_between_ddim_and_ddpm_on_skipped_steps_too(self):
         alpha_bar, x0_hat = ddpm.noise_schedule("cosine", 50), torch.zeros(1, 1, 2, 2)
-        noise = torch.randn(1, 2, 2, generator=ddpm.stream(7, 0))
+        z = torch.randn(1, 2, 2, generator=ddpm.stream(7, 0))
         a, b = alpha_bar[30].item(), alpha_bar[10].item()
         for eta in (0.0, 0.3, 1.0):
-            got = last(ddpm.denoise(lambda x, t: x0_hat, x0_hat, [30, 10], alpha_bar, streams(1),
-                                    "ddim", eta))
+            got = last(ddpm.denoise(lambda x, t: x0_hat, x0_hat, [30, 10], alpha_bar,
+                                    noise(1, 1, 2, 2), "ddim", eta))
             sigma = eta * math.sqrt((1 - b) / (1 - a) * (1 - a / b))     # Song et al. 2021, eq. 16
-            torch.testing.assert_close(got[0], sigma * noise, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(got[0], sigma * z, atol=1e-6, rtol=1e-5)
 
     def test_dpm_is_the_multistep_solver_of_its_paper(self):
         alpha_bar = ddpm.noise_schedule("cosine", 100)
@@ -410,7 +428,7 @@ class Sampling(unittest.TestCase):
                 d = (1 + 1 / (2 * r)) * x0_hat - 1 / (2 * r) * past[0]
             x = s[t_next] / s[t] * x - a[t_next] * (math.exp(-h) - 1) * d
             past = (x0_hat, h)
-        got = last(ddpm.denoise(x0_at, start, ts, alpha_bar, streams(1), "dpm"))
+        got = last(ddpm.denoise(x0_at, start, ts, alpha_bar, None, "dpm"))
         torch.testing.assert_close(got, x, atol=1e-5, rtol=1e-5)
 
     def error_of(self, sampler, steps, T=4096, end=512):
@@ -418,7 +436,7 @@ class Sampling(unittest.TestCase):
         alpha_bar = ddpm.noise_schedule("linear", T)
         x = torch.randn(1, 1, 8, 8, generator=ddpm.stream(3, 0), dtype=torch.float64)
         ts = [T - (T - end) * i // steps for i in range(steps + 1)]
-        got = last(ddpm.denoise(gaussian_x0_at(0.3, 0.5, alpha_bar), x, ts, alpha_bar, streams(1),
+        got = last(ddpm.denoise(gaussian_x0_at(0.3, 0.5, alpha_bar), x, ts, alpha_bar, None,
                                 sampler))
         def spread(t):
             return (alpha_bar[t] * 0.25 + 1 - alpha_bar[t]).sqrt()
@@ -438,9 +456,9 @@ class Sampling(unittest.TestCase):
     def test_every_sampler_ends_in_the_distribution_of_the_data(self):
         alpha_bar = ddpm.noise_schedule("cosine", 200)
         for sampler in ddpm.SAMPLERS:
-            x = ddpm.gaussian((1, 64, 64), streams(4))
-            x = last(ddpm.denoise(gaussian_x0_at(0.3, 0.5, alpha_bar), x, range(200, -1, -1),
-                                  alpha_bar, streams(4), sampler))
+            z = noise(4, 1, 64, 64)
+            x = last(ddpm.denoise(gaussian_x0_at(0.3, 0.5, alpha_bar), z(), range(200, -1, -1),
+                                  alpha_bar, z, sampler))
             self.assertAlmostEqual(x.mean().item(), 0.3, delta=0.03, msg=sampler)
             self.assertAlmostEqual(x.std().item(), 0.5, delta=0.03, msg=sampler)
 
@@ -453,8 +471,8 @@ class Sampling(unittest.TestCase):
                                    predict="eps")
         for sampler in ddpm.SAMPLERS:
             ts = [1000 * i // 10 for i in range(10, -1, -1)]
-            noise = ddpm.gaussian((1, 4, 4), streams(2))
-            for x in ddpm.denoise(x0_at, noise, ts, alpha_bar, streams(2), sampler):
+            z = noise(2, 1, 4, 4)
+            for x in ddpm.denoise(x0_at, z(), ts, alpha_bar, z, sampler):
                 self.assertLess(x.abs().max().item(), 8, sampler)
 
     def test_guidance_goes_on_from_no_label_through_the_label(self):
@@ -469,6 +487,18 @@ class Sampling(unittest.TestCase):
                                      guidance=guidance)
             torch.testing.assert_close(x0_hat, torch.full_like(x, known))
             self.assertEqual(len(asked), questions)  # the second evaluation only where it counts
+
+    def test_dynamic_thresholding_scales_by_a_quantile_where_it_is_above_1(self):
+        x0_hat = torch.tensor([[-4.0, 0.0, 1.0, 2.0], [0.3, -0.2, 0.1, 0.0]]).view(2, 1, 2, 2)
+        alpha_bar = ddpm.noise_schedule("linear", 10)
+        def guess(threshold):
+            return ddpm.predict_x0(lambda x, t, y: x0_hat, x0_hat, 5, y=torch.zeros(2).long(),
+                                   alpha_bar=alpha_bar, predict="x0", threshold=threshold)
+        # |x0_hat| of the first is 0, 1, 2, 4: its 0.75 quantile lies a quarter on from 2 to 4
+        torch.testing.assert_close(guess(0.75)[0].flatten(), torch.tensor([-1, 0, 0.4, 0.8]))
+        self.assertEqual(guess(None)[0].flatten().tolist(), [-1, 0, 1, 1])
+        for threshold in (0.75, None):
+            self.assertTrue(torch.equal(guess(threshold)[1], x0_hat[1]))
 
     def draw(self, n=3, config=GREY, **options):
         torch.manual_seed(0)
@@ -499,11 +529,79 @@ class Sampling(unittest.TestCase):
 
     def test_ddpm_draws_new_noise_at_each_step_and_ddim_none(self):
         for sampler, none in (("ddpm", False), ("ddim", True), ("dpm", True)):
-            generators = streams(1)
-            before = generators[0].get_state()
+            z = mock.Mock(side_effect=noise(1, 1, 2, 2))
             last(ddpm.denoise(lambda x, t: x * 0, torch.ones(1, 1, 2, 2), [9, 4, 0],
-                              ddpm.noise_schedule("cosine", 9), generators, sampler))
-            self.assertEqual(torch.equal(before, generators[0].get_state()), none, sampler)
+                              ddpm.noise_schedule("cosine", 9), z, sampler))
+            self.assertEqual(z.call_count, 0 if none else 2, sampler)
+
+    def test_one_hand_is_one_noise_at_the_start_and_at_each_step(self):
+        def x0_at(net, x, t, y, **options):
+            return x * 0                             # so that all that is drawn is noise
+        with mock.patch("ddpm.predict_x0", x0_at):
+            film = self.draw(4, hands=[{0: 1.0}, {0: 1.0}, {1: 1.0}, {1: 1.0}], frames=21,
+                             sampler="ddpm")
+        self.assertTrue(torch.equal(film[:, 0], film[:, 1]))
+        self.assertTrue(torch.equal(film[:, 2], film[:, 3]))
+        for frame in film[:-1]:
+            self.assertFalse(torch.equal(frame[0], frame[2]))
+
+    def test_noise_between_two_hands_on_the_circle_is_still_normal(self):
+        angle = 0.7
+        hand = [(ddpm.stream(0, 0), math.cos(angle)), (ddpm.stream(0, 1), math.sin(angle))]
+        z, = ddpm.gaussian((100_000,), [hand])
+        self.assertAlmostEqual(z.mean().item(), 0, delta=0.02)
+        self.assertAlmostEqual(z.std().item(), 1, delta=0.01)
+        a = torch.randn(100_000, generator=ddpm.stream(0, 0))
+        self.assertAlmostEqual((a * z).mean().item(), math.cos(angle), delta=0.02)
+
+    def test_a_morph_leads_from_digit_to_digit_without_a_jump(self):
+        y, hands = ddpm.morph_path([3, 8], 10)
+        self.assertEqual((y.shape, len(hands)), ((25, 11), 25))
+        self.assertEqual((y[0].argmax(), y[24].argmax(), y[12, 3], y[12, 8]), (3, 8, 0.5, 0.5))
+        for hand in hands:
+            self.assertAlmostEqual(sum(w * w for w in hand.values()), 1)
+        torch.manual_seed(0)
+        net = ddpm.UNet(**GREY["net"])
+        for parameter in net.parameters():
+            nn.init.normal_(parameter, std=0.15)
+        path = ddpm.draw(net, GREY, y, hands=hands)[-1].float()
+        ends = ddpm.draw(net, GREY, torch.tensor([3, 8]))[-1]
+        self.assertLessEqual((path[[0, 24]] - ends.float()).abs().max(), 1)
+        whole = (path[0] - path[24]).abs().mean()
+        steps = (path[1:] - path[:-1]).abs().flatten(1).mean(1)
+        self.assertGreater(whole, 20)
+        self.assertLess(steps.max(), whole / 6)      # 24 steps; an even one would be whole / 24
+
+    def test_a_morph_of_more_than_two_goes_round(self):
+        y, hands = ddpm.morph_path([3, 8, 5], 10, frames=4)
+        self.assertEqual(y.argmax(1)[::5].tolist(), [3, 8, 5])
+        self.assertEqual(y.argmax(1)[4::5].tolist(), [8, 5, 3])
+        self.assertAlmostEqual(hands[-1][0], 1)      # back at the noise it began with
+        self.assertTrue(torch.equal(y[-1], y[0]))
+
+    def test_a_start_from_a_picture_keeps_it_at_strength_0_and_forgets_it_at_1(self):
+        x0 = torch.randint(256, (3, 1, 28, 28), generator=ddpm.stream(5, 0)) / 127.5 - 1
+        for sampler in ddpm.SAMPLERS:
+            kept = self.draw(3, x0=x0, strength=0.0, sampler=sampler)[-1]
+            self.assertTrue(torch.equal(kept, ddpm.to_uint8(x0)))
+            gone = self.draw(3, x0=x0, strength=1.0, sampler=sampler)[-1]
+            self.assertTrue(torch.equal(gone, self.draw(3, sampler=sampler)[-1]))
+        seen = []
+        def predict_x0(net, x, t, **options):
+            seen.append((t, x))
+            return x0
+        with mock.patch("ddpm.predict_x0", predict_x0):
+            self.draw(3, x0=x0, strength=0.6, steps=4)
+        self.assertEqual([t for t, x in seen], [12, 9, 6, 3])           # T = 20
+        a = ddpm.noise_schedule("cosine", 20)[12].item()
+        z = torch.randn(1, 28, 28, generator=ddpm.stream(0, 1))
+        torch.testing.assert_close(seen[0][1][1], a ** 0.5 * x0[1] + (1 - a) ** 0.5 * z)
+
+    def test_guidance_0_draws_as_if_there_were_no_labels(self):
+        one = [{0: 1.0}] * 3
+        blind, seeing = (self.draw(3, hands=one, guidance=w)[-1] for w in (0, 1.5))
+        self.assertTrue(torch.equal(blind[0], blind[1]))
+        self.assertFalse(torch.equal(seeing[0], seeing[1]))
 
     def test_the_film_has_the_frames_asked_for_and_ends_in_the_sample(self):
         film = self.draw(2, frames=7)
@@ -511,8 +609,8 @@ class Sampling(unittest.TestCase):
         self.assertTrue(torch.equal(film[-1], self.draw(2)[-1]))
         whole = self.draw(1, frames=40, steps=5)        # fewer states than frames: all of them
         self.assertEqual(len(whole), 6)
-        noise = ddpm.gaussian((1, 28, 28), [ddpm.stream(0, 0)])
-        self.assertTrue(torch.equal(whole[0], ddpm.to_uint8(noise)))
+        z = torch.randn(1, 28, 28, generator=ddpm.stream(0, 0))
+        self.assertTrue(torch.equal(whole[0, 0], ddpm.to_uint8(z)))
 
     def test_colour_comes_out_of_a_colour_net(self):
         colour = GREY | {"net": GREY["net"] | {"channels": 3, "size": 32}}
@@ -602,8 +700,8 @@ class Data(Folder):
         nearest = torch.cdist(test.float().flatten(1), means).argmin(1)
         self.assertGreater((nearest == answers).float().mean(), 0.4)     # a chance reader has 0.1
 
-    def tiny_mnist(self, n=20):
-        raw = Path("here/MNIST/raw")
+    def tiny_mnist(self, n=20, name="MNIST"):
+        raw = Path(f"here/{name}/raw")
         raw.mkdir(parents=True)
         for name in ("train", "t10k"):
             (raw / f"{name}-images-idx3-ubyte").write_bytes(
@@ -618,6 +716,105 @@ class Data(Folder):
         self.assertEqual(images.flatten()[:300].tolist(), [i % 251 for i in range(300)])
         self.assertEqual(labels.tolist(), [i % 10 for i in range(20)])
         self.assertEqual(classes, list("0123456789"))
+
+    def test_fashion_and_kmnist_are_entries_too_and_classes_have_names(self):
+        for dataset, name in (("fashion", "FashionMNIST"), ("kmnist", "KMNIST")):
+            self.tiny_mnist(name=name)
+            images, labels, classes = ddpm.load_data(dataset, "here")
+            self.assertEqual((images.shape, len(classes)), ((20, 1, 28, 28), 10))
+        line = "train --dataset fashion --data here --width 8 --steps 1"
+        self.assertEqual(self.run_main(line)[0], 0)
+        status, out, err = self.run_main("sample --digit Sneaker bag --steps 2 --raw raw.pt")
+        self.assertEqual(status, 0, err)
+        self.assertEqual(torch.load("raw.pt", weights_only=True)["labels"].tolist(), [7, 8])
+        self.refuses("trouser, pullover", "sample --digit glove")
+
+    def test_cifar_is_colour_in_the_order_of_channel_row_column(self):
+        batches = Path("here/cifar-10-batches-py")
+        batches.mkdir(parents=True)
+        pixels = [i % 256 for i in range(3072)]      # its files are red, then green, then blue
+        rows = {"data": torch.tensor([pixels] * 4).byte().numpy(), "labels": [0, 1, 2, 3]}
+        names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+        for name in names:
+            (batches / name).write_bytes(pickle.dumps(rows))
+        (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+        with mock.patch("torchvision.datasets.cifar.check_integrity", return_value=True):
+            images, labels, classes = ddpm.load_data("cifar10", "here")
+        self.assertEqual((images.shape, labels[:4].tolist()), ((20, 3, 32, 32), [0, 1, 2, 3]))
+        self.assertEqual(images[0].flatten().tolist(), pixels)
+
+    def own_pictures(self):
+        for name, level in (("dark", 30), ("light", 220)):
+            Path("mine", name).mkdir(parents=True)
+            for i in range(11):
+                mode = ("RGB", "L", "P", "1", "RGBA", "CMYK", "LA", "I;16")[i % 8]
+                picture = Image.new("L", (20 + 9 * i, 50), level)
+                picture = picture if mode == "I;16" else picture.convert(mode)
+                picture.save(f"mine/{name}/{i}.tiff" if mode != "LA" else f"mine/{name}/{i}.png")
+        Path("mine/dark/broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
+        Path("mine/dark/cut.bmp").write_bytes(b"BM")
+        Path("mine/dark/notes.txt").write_text("not meant as a picture")
+
+    def test_a_folder_of_own_pictures_is_a_data_set_and_broken_ones_are_named_and_counted(self):
+        self.own_pictures()
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            images, labels, classes = ddpm.load_data("folder", "mine", size=16)
+            test = ddpm.load_data("folder", "mine", size=16, train=False)[0]
+        self.assertEqual((images.shape, images.dtype), ((19, 3, 16, 16), torch.uint8))
+        self.assertEqual((len(test), classes), (3, ["dark", "light"]))
+        self.assertIn("skipped: mine/dark/broken.png", err.getvalue())
+        self.assertIn("22 pictures in mine, 2 skipped", err.getvalue())
+        self.assertLess((images[labels == 1].float().mean() - 220).abs(), 30)
+        status, out, err = self.run_main("train --dataset folder --data mine --size 16 --width 8 "
+                                         "--steps 1 --T 5")
+        self.assertEqual(status, 0, err)
+        status, out, err = self.run_main("sample --digit light dark --gif")
+        self.assertEqual(status, 0, err)
+        with Image.open("samples.png") as sheet:
+            self.assertEqual(sheet.mode, "RGB")
+        for place in ("nowhere", "mine/dark"):
+            self.refuses(place, "train --dataset folder --out x --data", place, status=1)
+
+    def photo(self, text="203", size=90, mode="RGB", paper=210, ink=40):
+        """A row of digits on unevenly lit, grainy paper."""
+        picture = Image.new("L", (60 + 110 * len(text), 220), paper)
+        for i, digit in enumerate(text):
+            ImageDraw.Draw(picture).text((40 + 110 * i, 60 + 9 * i), digit, ink, stroke_width=3,
+                                         font=ImageFont.load_default(size))
+        light = torch.linspace(1, 0.8, picture.width)
+        grain = torch.randn(220, picture.width, generator=ddpm.stream(0, 0)) / 50
+        grey = torch.tensor(list(picture.tobytes())).view(220, -1) * (light + grain)
+        levels = bytes(grey.clamp(0, 255).byte().flatten().tolist())
+        return Image.frombytes("L", picture.size, levels).convert(mode)
+
+    def test_a_photo_of_a_row_becomes_white_digits_on_black_each_in_the_middle(self):
+        self.photo().save("dark.jpg")
+        self.photo(paper=30, ink=230, mode="P").save("light.png")
+        clear = Image.new("RGBA", (300, 200))        # ink on nothing
+        ImageDraw.Draw(clear).rectangle((140, 20, 160, 180), "black")
+        clear.save("clear.png")
+        for path, n in (("dark.jpg", 3), ("light.png", 3), ("clear.png", 1)):
+            x0 = ddpm.read_pictures(path, 1, 28)
+            self.assertEqual(x0.shape, (n, 1, 28, 28), path)
+            self.assertEqual(x0[:, :, :4].max(), -1)                     # a frame of black
+            self.assertEqual(x0[..., :4].max(), -1)
+            rows = (x0 > 0).any(-1).sum((1, 2))
+            self.assertTrue((rows >= 18).all() and (rows <= 20).all(), rows)
+
+    def test_a_picture_of_the_nets_own_size_is_taken_as_it_is(self):
+        picture = ddpm.glyphs(train=False).data[3]
+        Image.frombytes("L", (28, 28), bytes(picture.flatten().tolist())).save("a.png")
+        x0 = ddpm.read_pictures("a.png", 1, 28)
+        self.assertTrue(torch.equal(ddpm.to_uint8(x0)[0, 0], picture))
+        self.assertEqual(ddpm.read_pictures("a.png", 3, 32).shape, (1, 3, 32, 32))
+
+    def test_what_is_no_picture_is_refused_by_name(self):
+        Path("text.png").write_text("no picture")
+        Image.new("L", (100, 50)).save("empty.png")
+        for path, words in (("text.png", "no picture"), ("missing.png", "no picture"),
+                            ("empty.png", "no digit")):
+            with self.assertRaisesRegex(ddpm.Mistake, f"{path}.*{words}"):
+                ddpm.read_pictures(path, 1, 28)
 
     def test_without_a_network_one_line_says_where_it_looked_and_what_to_do(self):
         with mock.patch("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"]):
@@ -649,9 +846,9 @@ class Checkpoints(Folder):
         for k in range(1, 8):
             Path(f"cut{k}.pt").write_bytes(whole[:len(whole) * k // 8])
         for path in sorted(Path().glob("*.pt")):
-            self.refuses("is not a checkpoint", "sample --ckpt", path)
-        self.refuses("no checkpoint", "sample --ckpt missing.pt")
-        self.refuses("no checkpoint", "sample --ckpt runs")
+            self.refuses("is not a file of", "sample --ckpt", path)
+        self.refuses("no file missing.pt", "sample --ckpt missing.pt")
+        self.refuses("no file runs", "sample --ckpt runs")
         self.assertFalse(Path("ran").exists())
 
     def test_sample_takes_the_newest_run_and_says_which(self):
@@ -795,6 +992,150 @@ class Training(Folder):
         self.refuses("knows no labels", "sample --digit 3")
 
 
+    def test_two_processes_learn_what_one_learns(self):
+        line = f"{SMALL} --batch-size 8 --T 6 --steps 8 --out"
+        status, out, err = self.run_main(line, "one")
+        self.assertEqual(status, 0, err)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        def process(rank):                           # as torchrun does it
+            variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                         "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+            return subprocess.Popen([sys.executable, PROGRAM, *line.split(), "two"], text=True,
+                                    env=os.environ | variables, stdout=subprocess.PIPE,
+                                    stderr=subprocess.PIPE)
+        both = [process(0), process(1)]
+        said = [one.communicate(timeout=120) for one in both]
+        self.assertEqual([one.returncode for one in both], [0, 0], said)
+        self.assertEqual(said[1][0], "")             # the first one speaks for both
+        one, two = (ddpm.load(f"{run}/ddpm.pt") for run in ("one", "two"))
+        for name in one["net"]:
+            torch.testing.assert_close(two["net"][name], one["net"][name], atol=1e-4, rtol=0)
+        for a, b in zip(one["log"], two["log"]):
+            self.assertAlmostEqual(a[2], b[2], places=5)
+        status, out, err = self.run_main("train --resume --out two --steps 9")
+        self.assertEqual((status, ddpm.load("two/ddpm.pt")["step"]), (0, 9), err)
+
+    def test_bfloat16_changes_the_loss_by_little_and_the_weights_stay_float32(self):
+        self.train("--out", "plain", steps=5)
+        self.train("--out", "amp", "--amp", steps=5)
+        plain, amp = (ddpm.load(f"{run}/ddpm.pt") for run in ("plain", "amp"))
+        losses = [(a[2], b[2]) for a, b in zip(plain["log"], amp["log"])]
+        self.assertNotEqual(losses[-1][0], losses[-1][1])
+        for a, b in losses:
+            self.assertAlmostEqual(a, b, delta=0.02 * a)
+        self.assertEqual({value.dtype for value in amp["net"].values()}, {torch.float32})
+
+
+class Evaluation(Folder):
+    def setUp(self):
+        super().setUp()
+        few = {train: ddpm.glyphs(train=train) for train in (True, False)}
+        few[True].data, few[True].targets = few[True].data[:2000], few[True].targets[:2000]
+        def glyphs(root, train=True, download=False):
+            return few[train]
+        patch = mock.patch.dict(ddpm.DATASETS, glyphs=glyphs)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_the_distance_of_two_gaussians_is_the_closed_form(self):
+        def cloud(n, mean, root, seed):
+            """n points whose mean and covariance are exactly mean and root·rootᵀ."""
+            x = torch.randn(n, 3, generator=ddpm.stream(seed, 0), dtype=torch.float64)
+            x = x - x.mean(0)
+            x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
+            return x @ root.T + mean
+        def root_of(matrix):
+            values, vectors = torch.linalg.eigh(matrix)
+            return vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
+        mean = torch.tensor([1.0, 0, 2]).double()
+        eye = torch.eye(3).double()
+        a, b = cloud(50, 0 * mean, 2 * eye, 1), cloud(70, mean, 0.5 * eye, 2)
+        self.assertAlmostEqual(ddpm.frechet(a, b), 5 + 3 * (2 - 0.5) ** 2, places=6)
+        self.assertAlmostEqual(ddpm.frechet(a, a), 0, places=5)
+        skew = torch.tensor([[1.0, 0, 0], [0.7, 0.5, 0], [-0.3, 0.2, 2]]).double()
+        turn = torch.tensor([[0.6, -0.8, 0], [0.8, 0.6, 0], [0, 0, 1.5]]).double()
+        A, B = skew @ skew.T, turn @ torch.diag(torch.tensor([3.0, 0.1, 1])).double() @ turn.T
+        half = root_of(A)
+        known = A.trace() + B.trace() - 2 * root_of(half @ B @ half).trace()
+        got = ddpm.frechet(cloud(60, mean, skew, 3), cloud(80, mean, torch.linalg.cholesky(B), 4))
+        self.assertAlmostEqual(got, known.item(), places=6)
+
+    def test_the_score_is_the_number_of_classes_drawn_and_1_at_worst(self):
+        class Read(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = torch.zeros(1)
+            def forward(self, features):
+                return 99.0 * nn.functional.one_hot(features[:, 0].long(), 10)
+        reader = nn.Sequential(nn.Flatten(), Read())
+        def images(*levels):
+            return torch.tensor(levels).view(-1, 1, 1, 1).byte()
+        with mock.patch("ddpm.frechet", lambda a, b: 0), \
+                mock.patch.object(nn.Flatten, "forward",
+                                  lambda self, x: ((x + 1) * 127.5).round().flatten(1)):
+            for levels, score in (((0, 1, 2, 3), 4), ((7, 7, 7), 1), ((2, 2, 5, 5), 2)):
+                labels = torch.tensor([levels[0]] * len(levels))
+                got = ddpm.rate(reader, images(*levels), labels, images(1, 2))
+                self.assertAlmostEqual(got["score"], score, places=5)
+                self.assertEqual(got["right"], levels.count(levels[0]) / len(levels))
+
+    def test_real_pictures_are_near_and_right_and_noise_is_neither(self):
+        images, labels, _ = ddpm.load_data("glyphs", train=False)
+        saved = {"format": "ddpm.py 1", "images": images[:200], "labels": labels[:200]}
+        torch.save(saved, "real.pt")
+        noise = torch.randint(256, (200, 1, 28, 28), generator=ddpm.stream(1, 1)).byte()
+        torch.save(saved | {"images": noise}, "noise.pt")
+        figures = {}
+        for name in ("real", "noise"):
+            status, out, err = self.run_main(f"evaluate --dataset glyphs --data . --raw {name}.pt "
+                                             f"--json {name}.json")
+            self.assertEqual(status, 0, err)
+            figures[name] = json.loads(Path(f"{name}.json").read_text())
+            self.assertEqual(figures[name]["n"], 200)
+        self.assertGreater(figures["real"]["samples"]["right"], 0.7)
+        self.assertGreater(figures["real"]["floor"]["right"], 0.7)
+        self.assertLess(figures["noise"]["samples"]["right"], 0.3)
+        self.assertGreater(figures["real"]["samples"]["score"], 3)
+        self.assertGreater(figures["noise"]["samples"]["distance"],
+                           20 * figures["real"]["samples"]["distance"])
+        torch.save(saved | {"images": noise[:, :, :16, :16]}, "small.pt")
+        self.refuses("another size", "evaluate --dataset glyphs --data . --raw small.pt")
+        torch.save({"images": noise}, "other.pt")
+        self.refuses("not a file of", "evaluate --raw other.pt")
+
+    def test_a_net_is_rated_over_sampler_steps_and_guidance_and_the_reader_is_kept(self):
+        Path("data").mkdir()
+        self.train()
+        status, out, err = self.run_main("evaluate --n 30 --sampler ddim --steps 3 --guidance 2 "
+                                         "--json a.json")
+        self.assertEqual(status, 0, err)
+        figures = json.loads(Path("a.json").read_text())
+        self.assertEqual((figures["n"], figures["sampler"], figures["steps"]), (30, "ddim", 3))
+        self.assertIn("data/glyphs-classifier.pt", out)
+        status, again, err = self.run_main("evaluate --n 30 --sampler ddim --steps 3 --guidance 2")
+        self.assertNotIn("classifier.pt", again)
+        self.assertEqual(again.split("n = ")[1], out.split("n = ")[1].split("a.json")[0])
+        self.train("--cond", "none", "--out", "runs/none")
+        status, out, err = self.run_main("evaluate --n 20 --steps 2 --ckpt runs/none/ddpm.pt")
+        self.assertEqual(out.split("samples")[1].split()[0], "-")
+        self.assertIn("%", out.split("floor")[1])
+
+    def test_colour_goes_all_the_way(self):
+        random = ddpm.stream(0, 5)
+        few = types.SimpleNamespace(
+            data=torch.randint(256, (300, 32, 32, 3), generator=random).byte().numpy(),
+            targets=[i % 10 for i in range(300)], classes=datasets.FashionMNIST.classes)
+        with mock.patch.dict(ddpm.DATASETS, cifar10=lambda *args, **options: few):
+            for line in ("train --dataset cifar10 --width 8 --steps 1 --T 6",
+                         "sample --digit Coat --gif", "evaluate --n 20 --data ."):
+                status, out, err = self.run_main(line)
+                self.assertEqual(status, 0, err)
+        with Image.open("samples.png") as sheet:
+            self.assertEqual(sheet.mode, "RGB")
+
+
 class TheCommandLine(Folder):
     def command(self, line):
         return subprocess.run([sys.executable, PROGRAM, *line.split()], capture_output=True,
@@ -823,7 +1164,7 @@ class TheCommandLine(Folder):
 
     def test_help_of_every_command_tells_each_flag(self):
         self.assertEqual(self.run_main("--help")[0], 0)
-        for command in (ddpm.train, ddpm.sample, ddpm.forward):
+        for command in (ddpm.train, ddpm.sample, ddpm.evaluate, ddpm.forward):
             status, out, err = self.run_main(command.__name__, "--help")
             self.assertEqual(status, 0)
             for name in inspect.signature(command).parameters:
@@ -872,7 +1213,7 @@ class TheCommandLine(Folder):
         self.refuses("one of", "train --steps 3 --epochs 2")
 
     def test_what_the_net_cannot_draw_is_refused(self):
-        self.refuses("no checkpoint", "sample")
+        self.refuses("no file runs/mnist/ddpm.pt", "sample")
         self.train()
         self.refuses("knows 0, 1, 2", "sample --digit 11")
         self.refuses("T = 6", "sample --steps 7")
@@ -880,6 +1221,38 @@ class TheCommandLine(Folder):
         self.refuses("no device", "sample --device abacus")
         if not torch.cuda.is_available():
             self.refuses("no device cuda", "train --dataset glyphs --device cuda")
+
+    def test_one_handwriting_morph_and_redrawing_are_lines_of_flags(self):
+        self.train()
+        Image.new("L", (40, 40), 255).save("white.png")
+        Data.photo(self, "20").save("photo.jpg")
+        for line in ("--digit 2 0 2 6 --style same --n 3", "--morph 3 8", "--morph 3 8 1 --seed 4",
+                     "--init photo.jpg --digit 5 --gif", "--init photo.jpg", "--guidance 0",
+                     "--init photo.jpg --strength 0 --digit 1 2", "--threshold 0.995"):
+            status, out, err = self.run_main(f"sample --steps 2 {line} --raw raw.pt")
+            self.assertEqual(status, 0, err)
+        with Image.open("samples.gif") as gif:
+            self.assertEqual(gif.info["loop"], 0)
+        self.run_main("sample --steps 2 --style same --digit 4 4 4 --n 2 --raw raw.pt")
+        images = torch.load("raw.pt", weights_only=True)["images"]
+        self.assertTrue(torch.equal(images[0], images[2]))
+        self.assertFalse(torch.equal(images[0], images[3]))
+        self.run_main("sample --init photo.jpg --strength 0 --digit 1 2 --raw raw.pt")
+        x0 = ddpm.read_pictures("photo.jpg", 1, 28)
+        images = torch.load("raw.pt", weights_only=True)["images"]
+        self.assertTrue(torch.equal(images, ddpm.to_uint8(x0)))
+        for words, line in (("two or more", "--morph 3"), ("knows 0, 1, 2", "--morph 3 x"),
+                            ("in 0.0..1.0", "--init photo.jpg --strength 1.1"),
+                            ("--init", "--strength 0.5"), ("no picture", "--init missing.jpg"),
+                            ("no digit", "--init white.png"), ("--threshold", "--threshold 0.1"),
+                            ("--style", "--style mine")):
+            self.refuses(words, f"sample {line}")
+        self.train("--cond", "none", "--out", "runs/none")
+        for line in ("--style same", "--morph 1 2"):
+            self.refuses("labels", f"sample --ckpt runs/none/ddpm.pt {line}")
+        with mock.patch.dict(os.environ, WORLD_SIZE="2"):
+            self.refuses("no equal parts", f"{SMALL} --batch-size 9 --out runs/odd")
+        self.refuses("--size", f"{SMALL} --size 16 --out runs/small")
 
     def test_a_place_that_cannot_be_written_is_told_before_the_work(self):
         self.train()
