@@ -5,18 +5,19 @@ HAVE := import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("tor
 PY ?= $(shell python3 -c '$(HAVE)' 2>/dev/null && echo python3 || echo .venv/bin/python)
 READY := $(if $(filter .venv/bin/python,$(PY)),.venv/ready)
 
-.PHONY: help sample train test clean
+DRAW := $(PY) ddpm.py sample --ckpt assets/mnist.pt --out
+
+.PHONY: help sample train test test-slow assets clean
 
 help:
-	@echo "make sample   draw a five and its film with the newest run (on a fresh clone: train one first)"
-	@echo "make train    train on MNIST for ten minutes, into runs/mnist"
-	@echo "make test     run the tests: offline, on the CPU, about a minute"
-	@echo "make clean    remove pictures, caches and .venv, but no run and no data"
+	@echo "make sample      draw a five and its film, with the newest run or the net that came along"
+	@echo "make train       train on MNIST for ten minutes, into runs/mnist"
+	@echo "make test        run the tests: offline, on the CPU, about a minute and a half"
+	@echo "make test-slow   run them with those that take minutes"
+	@echo "make assets      draw the pictures of the README again, with the net that came along"
+	@echo "make clean       remove pictures, caches and .venv, but no run and no data"
 
 sample: $(READY)
-	@ls runs/*/ddpm.pt >/dev/null 2>&1 || { \
-	  echo "no trained net yet: two minutes of training on glyphs (printed digits) come first"; \
-	  $(PY) ddpm.py train --dataset glyphs --minutes 2 --width 32; }
 	$(PY) ddpm.py sample --digit 5 --gif
 
 train: $(READY)
@@ -24,6 +25,23 @@ train: $(READY)
 
 test: $(READY)
 	$(PY) -m unittest
+
+test-slow: $(READY)
+	SLOW=1 $(PY) -m unittest
+
+assets: $(READY)
+	$(DRAW) assets/samples.png
+	$(DRAW) assets/digits.png --digit 0 1 2 3 4 5 6 7 8 9 --gif
+	$(DRAW) assets/same.png --digit 2 0 2 6 --style same --n 6
+	$(DRAW) assets/free.png --digit 2 0 2 6 --n 6
+	$(DRAW) assets/morph.png --morph 3 8 5
+	for w in 0 1 3 8; do $(DRAW) assets/guidance-$$w.png --guidance $$w --digit 2 3 5 8 --n 3; done
+	for k in 2 5 20; do $(DRAW) assets/steps-$$k.png --steps $$k --digit 2 3 5 8 --n 3; done
+	$(DRAW) assets/seven.png --digit 7 --seed 3
+	for s in 0 0.5 0.7 0.9; do $(DRAW) assets/restyle-$$s.png --init assets/seven.png --strength $$s \
+	  --digit 2 3 7 9; done
+	for s in linear cosine sigmoid; do \
+	  $(PY) ddpm.py forward --dataset glyphs --schedule $$s --out assets/forward-$$s.png; done
 
 clean:
 	rm -rf .venv __pycache__ samples.png samples.gif noise.png noise.gif

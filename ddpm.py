@@ -189,11 +189,12 @@ SAMPLERS = {"ddpm": (1, 1.0, 1000), "ddim": (1, 0.0, 50), "dpm": (2, 0.0, 20)}  
 
 def predict_x0(net, x, t, *, y, alpha_bar, predict, guidance=1.0, threshold=None):
     """x0_hat from x_t (B,C,H,W) at one t in 1..T, clipped to [-1,1], where pictures are. Guidance w
-    is 1 + that of Ho & Salimans 2022, eq. 6: out_NULL + w·(out_y - out_NULL). Dynamic thresholding
+    is 1 + that of Ho & Salimans 2022, eq. 6: out_NULL + w·(out_y - out_NULL); only amid the noise,
+    for early on it costs variety and late it does nothing (Kynkäänniemi et al. 2024). A threshold
     clips at s, that quantile of |x0_hat|, and divides by it (Saharia et al. 2022, sec. 2.3)."""
     times, null = torch.full((len(x),), t), torch.full((len(x),), NULL, device=x.device)
     out = net(x, times.to(x.device), y if guidance else null)
-    if guidance not in (0, 1):
+    if guidance not in (0, 1) and 0.02 < alpha_bar[t] < 0.7:
         out_null = net(x, times.to(x.device), null)
         out = out_null + guidance * (out - out_null)
     x0_hat, s = x0_from(predict, out, x, *rates(alpha_bar, times, x)), torch.ones(1).to(x)
@@ -209,11 +210,11 @@ def gaussian(shape, hands, device="cpu"):
 @torch.no_grad()
 def denoise(x0_at, x, ts, alpha_bar, noise, sampler="dpm", eta=None):
     """Algorithm 2 (Ho et al. 2020): yield x (B,C,H,W) at each t of the falling list ts, x first.
-    x0_at(x, t) is x0_hat, noise() is z. The step is that of DDIM (Song et al. 2021, eq. 12, 16):
-    x_next = √ᾱ_next·x0_hat + √(1-ᾱ_next-σ²)·eps_hat + σ·z, where eps_hat is what x0_hat leaves of x,
-    σ² = η²·(1-ᾱ_next)/(1-ᾱ_t)·(1-ᾱ_t/ᾱ_next). η = 0 has no noise, η = 1 is DDPM: σ² is then the variance of q(x_next | x_t, x0) (Ho et al.,
-    eq. 7). Order 2 is DPM-Solver++(2M) (Lu et al. 2022, alg. 2): the same step, aimed ahead along
-    x0_hat's course."""
+    x0_at(x, t) is x0_hat, noise() is z. The step is DDIM's (Song et al. 2021, eq. 12, 16):
+    x_next = √ᾱ_next·x0_hat + √(1-ᾱ_next-σ²)·eps_hat + σ·z, with a variance of
+    σ² = η²·(1-ᾱ_next)/(1-ᾱ_t)·(1-ᾱ_t/ᾱ_next): none for η = 0, for η = 1 that of q(x_next | x_t, x0)
+    (Ho et al., eq. 7), which is DDPM. Order 2 is DPM-Solver++(2M) (Lu et al. 2022, alg. 2): the
+    same step, aimed ahead along x0_hat's course."""
     order, own_eta, _ = SAMPLERS[sampler]
     eta, x0_past = own_eta if eta is None else eta, None
     lam = (alpha_bar.logit() / 2).tolist()           # λ = log(signal_rate/noise_rate), ∞ at t = 0
@@ -268,8 +269,8 @@ def draw(net, config, y, *, hands=None, x0=None, strength=1.0, frames=1, sampler
     return torch.cat(films, dim=1)
 
 def morph_path(labels, classes, frames=24):
-    """Lead from label to label, if more than two round to the first again, each leg in frames steps:
-    y (n,classes+1) on a line, hands on a circle, cos·z_a + sin·z_b, for noise to stay normal."""
+    """Lead from label to label, and from more than two back to the first, each in frames steps: y
+    (n,classes+1) on a line, hands on a circle, cos·z_a + sin·z_b, for noise to stay normal."""
     one_hot, y, hands, legs = torch.eye(classes + 1), [], [], len(labels) if len(labels) > 2 else 1
     for leg, k in itertools.product(range(legs), range(frames + 1)):
         after, angle = (leg + 1) % len(labels), math.pi / 2 * k / frames
@@ -416,8 +417,10 @@ def read_pictures(path, channels, size):
 
 # ---- 8. Checkpoints ------------------------------------------------------------------------------
 # Tensors, numbers and strings only: loading runs no code. (seed, step) is all the random state.
-def load(path, keys=("config", "flags", "step", "log", "seconds", "net", "ema", "optimizer")):
-    """Read a dict that has these keys, by default a checkpoint. Raises Mistake if there is none."""
+WEIGHTS = Path(__file__).with_name("assets") / "mnist.pt"
+
+def load(path, keys=("config", "step", "ema")):
+    """Read a dict of ours that has these keys, by default those of a net. Raises Mistake."""
     require(Path(path).is_file(), f"there is no file {path}: `ddpm.py train` makes checkpoints")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
@@ -427,9 +430,10 @@ def load(path, keys=("config", "flags", "step", "log", "seconds", "net", "ema", 
     return found
 
 def load_net(ckpt=None, device=None):
-    """The averaged net of a checkpoint, by default of the newest run: (net, config)."""
+    """The averaged net of a checkpoint, if not said of the newest run, or the one that came with
+    this file: (net, config)."""
     runs = sorted(Path("runs").glob("*/ddpm.pt"), key=os.path.getmtime)
-    path, device = ckpt or (runs[-1] if runs else "runs/mnist/ddpm.pt"), pick_device(device)
+    path, device = ckpt or (runs or [WEIGHTS])[-1], pick_device(device)
     checkpoint = load(path)
     net, config = UNet(**checkpoint["config"]["net"]), checkpoint["config"]
     net.load_state_dict(checkpoint["ema"])
@@ -628,9 +632,10 @@ def evaluate(*, ckpt=None, dataset="mnist", data="data", n=1000, raw=None, json=
 
     The floor is what n pictures of the training set get. The distance is one of our own small
     classifier's features, not to be compared with an Inception-FID.
-    ckpt: checkpoint to rate, the newest run's if not said. dataset: what pictures of raw are to be.
-    data: folder of the data sets. n: number of samples. raw: .pt from sample to rate, in place of a
-    net. json: file for the figures. device: cpu, cuda, cuda:1, mps, the best if not said."""
+    ckpt: checkpoint, if not said the newest run's, else the one that came along. dataset: what the
+    pictures of raw should be. data: folder of the data sets. n: number of samples. raw: .pt from
+    sample to rate, in place of a net. json: file for the figures. device: cpu, cuda, cuda:1, mps,
+    the best if not said."""
     device, saved = pick_device(device), load(raw, ["images", "labels"]) if raw else None
     if not raw:
         net, config = load_net(ckpt, device)
@@ -659,12 +664,13 @@ def sample(*, ckpt=None, digit=None, morph=None, style="free", init=None, streng
            out="samples.png", gif=False, raw=None, device=None, **drawing):
     """Draw pictures with a trained net: a PNG, and on demand a GIF of how they come out of noise.
 
-    ckpt: checkpoint to draw with, the newest run's if not said. digit: classes of a row, in order,
-    all if not said. morph: classes to lead from one to the next, in a GIF and a strip. style: same
-    draws each row in one hand, from one noise. init: picture to redraw, a row of digits too. n:
-    number of rows, 1 with digit, else 10. strength: share of T to noise init by, 0.6 if not said.
-    out: the PNG. gif: a GIF too. raw: .pt to write {images: uint8 (n,C,H,W), labels: int64 (n,), -1
-    for none} to. device: cpu, cuda, cuda:1, mps, the best there is if not said."""
+    ckpt: checkpoint, if not said the newest run's, else the one that came along. digit: classes of
+    a row, in order, all if not said. morph: classes to lead from one to the next, in a GIF and a
+    strip. style: same draws each row in one hand, from one noise. init: picture to redraw, a row of
+    digits too. strength: share of T to noise init by, 0.6 if not said. n: number of rows, 1 with
+    digit, else 10. out: the PNG. gif: a GIF too. raw: .pt to write {format, images: uint8
+    (n,C,H,W), labels: int64 (n,), -1 for none} to. device: cpu, cuda, cuda:1, mps, the best there
+    is if not said."""
     net, config = load_net(ckpt, device)
     names, asked = config["classes"], [name.lower() for name in morph or digit or ()]
     for name in asked:
@@ -762,7 +768,7 @@ def main(argv=None):
         require(function is train or out.endswith(".png"), f"--out {out}: it has to end in .png")
         if "resume" in given:
             given["out"] = given.get("out", f"runs/{given.get('dataset', 'mnist')}")
-            given["resume"] = load(Path(given["out"], "ddpm.pt"))
+            given["resume"] = load(Path(given["out"], "ddpm.pt"), ["flags", "net", "optimizer"])
             if given.keys() & {"epochs", "steps", "minutes"}:
                 given["resume"]["flags"].update(epochs=None, steps=None, minutes=None)
             given = given["resume"]["flags"] | given
