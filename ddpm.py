@@ -4,8 +4,9 @@
 # ///
 """Denoising diffusion probabilistic models in one file, to be read from top to bottom.
 
-    python ddpm.py train                    learn to draw MNIST digits: ten minutes on a laptop
     python ddpm.py sample --digit 5 --gif   draw a five, and the film of how it comes out of noise
+    python ddpm.py train                    learn to draw MNIST digits: ten minutes on a laptop
+    python ddpm.py evaluate                 are they right, and do they look like MNIST?
     python ddpm.py forward --gif            see digits turn into noise: what a schedule does
 
 The idea: mix a picture x0 with Gaussian noise eps, a little at t = 1, almost only noise at t = T
@@ -15,7 +16,7 @@ Left out, as each costs a reader more than it gives: learned variances and disti
 dpm are few enough), latent space (digits are small), text (ten words need no model). Licence: MIT.
 """
 import argparse, contextlib, copy, inspect, itertools, math, os, re, shutil, signal, sys
-import time, types, warnings
+import time, types, warnings, zipfile
 from functools import partial
 from json import dumps
 from pathlib import Path
@@ -397,21 +398,20 @@ def load_data(dataset, data="data", size=None, train=True):
 def read_pictures(path, channels, size):
     """Read what is to be redrawn: (k,C,size,size) in [-1,1]. For a grey net a picture of any other
     size is a row of k digits: paper turns black, each is cut out and centred. Raises Mistake."""
-    picture, inner = open_picture(path, "L" if channels == 1 else "RGB"), size * 5 // 7
+    picture, inner = open_picture(path, "L" if channels == 1 else "RGB"), size * 5 // 7   # 20 of 28
     if channels == 1 and pil_to_tensor(picture)[0, [0, -1]].float().mean() > 127:
         picture = ImageOps.invert(picture)
     parts = [ImageOps.fit(picture, (size, size))]
     if channels == 1 and picture.size != (size, size):
         picture.thumbnail((100 * size, 4 * size))
-        picture = ImageOps.autocontrast(picture, cutoff=(50, 1))
-        ink = pil_to_tensor(picture)[0] > 127                            # (height, width)
-        edges = F.pad(ink.any(0).int(), (1, 1)).diff().nonzero().view(-1, 2).tolist()
-        rows = [ink[:, left:right].any(1).nonzero() for left, right in edges]
-        boxes = [(left, top.min().item(), right, top.max().item() + 1)
-                 for (left, right), top in zip(edges, rows)]
-        parts = [ImageOps.pad(picture.crop(box), (inner, inner)) for box in boxes
-                 if box[3] - box[1] > size / 2]      # what is lower is dirt; MNIST's are 20 of 28
-        parts = [ImageOps.expand(part, (size - inner) // 2) for part in parts]
+        picture = ImageOps.autocontrast(picture, cutoff=(50, 1))         # most of it is paper
+        picture = picture.point([max(0, level - 96) * 255 // 159 for level in range(256)])
+        columns = F.pad(pil_to_tensor(picture)[0].amax(0) > 0, (1, 1)).int()
+        parts = [picture.crop((left, 0, right, picture.height))
+                 for left, right in columns.diff().nonzero().view(-1, 2).tolist()]
+        parts = [part.crop(part.getbbox()) for part in parts]
+        parts = [ImageOps.expand(ImageOps.pad(part, (inner, inner)), (size - inner) // 2)
+                 for part in parts if part.height > size / 2]            # what is lower is dirt
     require(parts, f"{path}: no digit stands out in it")
     return torch.stack([pil_to_tensor(part) for part in parts]) / 127.5 - 1
 
@@ -423,6 +423,7 @@ def load(path, keys=("config", "step", "ema")):
     """Read a dict of ours that has these keys, by default those of a net. Raises Mistake."""
     require(Path(path).is_file(), f"there is no file {path}: `ddpm.py train` makes checkpoints")
     try:
+        require(zipfile.ZipFile(path).testzip() is None, "a checksum is wrong")  # torch asks none
         found = torch.load(path, map_location="cpu", weights_only=True)
         require(all(key in found for key in keys) and found["format"] == "ddpm.py 1", "not ours")
     except Exception:                                # torch.load has a dozen ways to refuse a file
@@ -435,10 +436,16 @@ def load_net(ckpt=None, device=None):
     runs = sorted(Path("runs").glob("*/ddpm.pt"), key=os.path.getmtime)
     path, device = ckpt or (runs or [WEIGHTS])[-1], pick_device(device)
     checkpoint = load(path)
-    net, config = UNet(**checkpoint["config"]["net"]), checkpoint["config"]
-    net.load_state_dict(checkpoint["ema"])
+    config = checkpoint["config"]
+    try:
+        require(config["schedule"] in SCHEDULES and 2 <= config["T"] <= 100_000, "not ours")
+        with torch.device("meta"):                   # takes no memory before all is known to fit
+            net = UNet(**config["net"])
+        net.load_state_dict(checkpoint["ema"], assign=True)
+    except Exception:
+        raise Mistake(f"{path} has settings or weights that are not of this program") from None
     print(f"net: {path} ({config['dataset']}, {checkpoint['step']:,} steps)")
-    return net.to(device), config
+    return net.float().to(device), config
 
 def pick_device(name=None):
     """The torch device of that name, by default CUDA, else MPS, else the CPU."""
@@ -769,9 +776,13 @@ def main(argv=None):
         if "resume" in given:
             given["out"] = given.get("out", f"runs/{given.get('dataset', 'mnist')}")
             given["resume"] = load(Path(given["out"], "ddpm.pt"), ["flags", "net", "optimizer"])
+            saved = given["resume"]["flags"]
             if given.keys() & {"epochs", "steps", "minutes"}:
-                given["resume"]["flags"].update(epochs=None, steps=None, minutes=None)
-            given = given["resume"]["flags"] | given
+                saved.update(epochs=None, steps=None, minutes=None)
+            words = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+                     for name, value in saved.items() if value is not None and value is not False]
+            given = vars(parser.parse_args(["train", *words])) | given   # their ranges hold too
+            given.pop("function")
         return function(**given)
     except (Mistake, OSError, RuntimeError) as error:
         print(f"ddpm.py: error: {' '.join(str(error).split())}", file=sys.stderr)

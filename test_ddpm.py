@@ -863,6 +863,51 @@ class Checkpoints(Folder):
         self.refuses("no file runs", "sample --ckpt runs")
         self.assertFalse(Path("ran").exists())
 
+    def test_a_flip_of_any_bit_is_noticed(self):
+        self.train()
+        whole = Path("runs/glyphs/ddpm.pt").read_bytes()
+        places = torch.randint(len(whole) * 8, (20,), generator=ddpm.stream(0, 0)).tolist()
+        for place in places:
+            flipped = bytearray(whole)
+            flipped[place // 8] ^= 1 << place % 8
+            Path("flipped.pt").write_bytes(flipped)
+            try:                                     # headers hold bytes that nothing depends on
+                found = ddpm.load("flipped.pt")
+            except ddpm.Mistake:
+                continue
+            for name, value in ddpm.load("runs/glyphs/ddpm.pt")["ema"].items():
+                self.assertTrue(torch.equal(found["ema"][name], value), (place, name))
+
+    def test_hostile_settings_are_refused_before_they_take_memory(self):
+        self.train()
+        whole = ddpm.load("runs/glyphs/ddpm.pt", ["config", "flags"])
+        large = {name: torch.zeros(1).expand(10**6, *value.shape[1:])
+                 for name, value in whole["ema"].items() if value.ndim}
+        for changes in ({"T": 10**9}, {"T": -1}, {"T": "many"}, {"schedule": "__import__"},
+                        {"net": whole["config"]["net"] | {"width": 10**6}},
+                        {"net": whole["config"]["net"] | {"width": -8}},
+                        {"net": {"size": 28}}, {"net": {"layers": 3}}, {"net": None}):
+            torch.save(whole | {"config": whole["config"] | changes}, "hostile.pt")
+            self.refuses("hostile.pt has settings", "sample --ckpt hostile.pt")
+        torch.save(whole | {"ema": large}, "hostile.pt")
+        self.refuses("hostile.pt has settings", "sample --ckpt hostile.pt")
+        for changes in ({"T": 10**9}, {"batch_size": 0}, {"dataset": "../x"}, {"lr": math.nan}):
+            torch.save(whole | {"flags": whole["flags"] | changes}, "runs/glyphs/ddpm.pt")
+            self.refuses("argument --", "train --resume --dataset glyphs --steps 4")
+
+    def test_zeros_among_the_flags_survive_a_resume(self):
+        self.train("--label-drop", "0", "--grad-clip", "0", "--ema", "0")
+        status, out, err = self.run_main("train --resume --out runs/glyphs --steps 3")
+        self.assertEqual(status, 0, err)
+        flags = ddpm.load("runs/glyphs/ddpm.pt", ["flags"])["flags"]
+        self.assertEqual([flags[k] for k in ("label_drop", "grad_clip", "ema")], [0, 0, 0])
+
+    def test_the_net_that_came_along_draws_where_there_is_no_run(self):
+        status, out, err = self.run_main("sample --digit 5 --steps 2")
+        self.assertEqual(status, 0, err)
+        self.assertIn("mnist.pt (mnist,", out)
+        self.assertLess(ddpm.WEIGHTS.stat().st_size, 5e6)
+
     def test_sample_takes_the_newest_run_and_says_which(self):
         self.train("--out", "runs/old")
         self.train("--out", "runs/new")
