@@ -21,6 +21,13 @@ from functools import partial
 from json import dumps
 from pathlib import Path
 
+if __name__ == "__main__":                           # Ctrl-C ends at once, even amid the imports
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+try:
+    import fcntl
+except ImportError:                                  # on Windows, where nothing is locked
+    fcntl = None
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -249,13 +256,14 @@ def draw(net, config, y, *, hands=None, x0=None, strength=1.0, frames=1, sampler
     began, shape = time.perf_counter(), [config["net"][k] for k in ("channels", "size", "size")]
     require(steps <= T, f"--steps {steps}: this net knows T = {T} steps")
     require(eta is None or sampler == "ddim", f"--eta is for --sampler ddim, {sampler} has its own")
-    start, hands = round(strength * T), hands or [{i: 1.0} for i in range(len(y))]
+    start, alpha_bar = round(strength * T), noise_schedule(config["schedule"], T)
     ts = sorted({start * i // steps for i in range(steps + 1)}, reverse=True)     # evenly to 0
-    kept = {len(ts) - 1 - (len(ts) - 1) * i // max(1, frames - 1) for i in range(frames)}
-    alpha_bar, device, films = noise_schedule(config["schedule"], T), net.stem.weight.device, []
+    kept = sorted({len(ts) - 1 - (len(ts) - 1) * i // max(1, frames - 1) for i in range(frames)})
+    film, device = torch.empty(len(kept), len(y), *shape, dtype=torch.uint8), net.stem.weight.device
     for part in (slice(first, first + 250) for first in range(0, len(y), 250)):
-        streams = [[(stream(seed, i), w) for i, w in hand.items()] for hand in hands[part]]
-        noise, film = partial(gaussian, shape, streams, device), []
+        own = [hands[i] if hands else {i: 1.0} for i in range(len(y))[part]]
+        streams = [[(stream(seed, i), w) for i, w in hand.items()] for hand in own]
+        noise = partial(gaussian, shape, streams, device)
         x0_at = partial(predict_x0, net, y=y[part].to(device), alpha_bar=alpha_bar,
                         predict=config["predict"], threshold=threshold,
                         guidance=guidance if config["classes"] else 0)
@@ -263,11 +271,11 @@ def draw(net, config, y, *, hands=None, x0=None, strength=1.0, frames=1, sampler
         if start < T:
             x = q_sample(x0[part].to(device), torch.tensor([start]), x, alpha_bar)
         for i, x in enumerate(denoise(x0_at, x, ts, alpha_bar, noise, sampler, eta)):
-            film += [to_uint8(x).cpu()] if i in kept else []
+            if i in kept:
+                film[kept.index(i), part] = to_uint8(x).cpu()
             drawn = part.start + len(x) * i / len(ts)
             status(drawn / len(y), began, f"{drawn:,.0f} of {len(y):,} pictures drawn")
-        films.append(torch.stack(film))
-    return torch.cat(films, dim=1)
+    return film
 
 def morph_path(labels, classes, frames=24):
     """Lead from label to label, and from more than two back to the first, each in frames steps: y
@@ -289,11 +297,18 @@ def write(path, save, **options):
     """Write a file, whole or not at all, by save(file, **options), and print its path."""
     path, part = Path(path), Path(f"{path}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "wb") as file:
-        save(file, **options)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            save(file, **options)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)                 # if it failed
+    if os.name == "posix":                           # a power cut is not to undo the renaming
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
     print(path, flush=True)
 
 def grid(images, columns):
@@ -309,8 +324,9 @@ def write_gif(path, frames, ms=80, hold=2000):
           duration=durations)
 
 def write_pictures(out, images, columns, film=()):
-    """Write a grid of pictures uint8 (n,C,H,W) as a PNG, a film of such as the GIF beside it."""
-    write(out, grid(images, columns).save, format="PNG")
+    """Write a grid of pictures uint8 (n,C,H,W) as a PNG, a film of such as the GIF beside it, 100
+    rows at most."""
+    write(out, grid(images[:100 * columns], columns).save, format="PNG")
     if len(film):
         write_gif(Path(out).with_suffix(".gif"), [grid(frame, columns) for frame in film])
 
@@ -367,16 +383,20 @@ def open_picture(path, mode="RGB"):
 def folder(root, train=True, download=False, size=32):
     """Your own pictures, root/CLASS/*, cut to colour squares, every tenth kept for testing. Like a
     torchvision set: data uint8 (n,size,size,3), targets, classes."""
-    found, kept = datasets.ImageFolder(root), []
-    for path, label in found.samples:
+    classes = sorted(path.name for path in Path(root).iterdir() if path.is_dir())
+    files = [path for path in sorted(Path(root).glob("*/**/*")) if path.is_file()]
+    kept = []
+    for path in files:                               # ImageFolder would follow links for ever
         try:
-            kept.append((pil_to_tensor(ImageOps.fit(open_picture(path), (size, size))), label))
+            picture = ImageOps.fit(open_picture(path), (size, size))
+            kept.append((pil_to_tensor(picture), classes.index(path.relative_to(root).parts[0])))
         except Mistake as error:
             print(f"skipped: {error}", file=sys.stderr)
-    print(f"{len(kept)} pictures in {root}, {len(found) - len(kept)} skipped", file=sys.stderr)
+    require(kept, f"there are no pictures in {root}/CLASS/*: --data names the folder")
+    print(f"{len(kept)} pictures in {root}, {len(files) - len(kept)} skipped", file=sys.stderr)
     data, targets = zip(*[one for i, one in enumerate(kept) if (i % 10 > 0) == train])
     return types.SimpleNamespace(data=torch.stack(data).permute(0, 2, 3, 1), targets=targets,
-                                 classes=found.classes)
+                                 classes=classes)
 
 DATASETS = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST, "kmnist": datasets.KMNIST,
             "cifar10": datasets.CIFAR10, "glyphs": glyphs, "folder": folder}
@@ -393,7 +413,11 @@ def load_data(dataset, data="data", size=None, train=True):
                       f"({error}): point --data to it, or try --dataset glyphs") from None
     images, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-    return images, labels, [name.split(" - ")[0].lower() for name in found.classes]
+    classes = [name.split(" - ")[0].lower() for name in found.classes]
+    if len(images) != len(labels) or not all(0 <= k < len(classes) for k in labels.unique()):
+        raise OSError(f"{dataset} in {Path(data).resolve()}: labels and pictures do not fit, is a "
+                      "file damaged?")
+    return images, labels, classes
 
 def read_pictures(path, channels, size):
     """Read what is to be redrawn: (k,C,size,size) in [-1,1]. For a grey net a picture of any other
@@ -438,7 +462,10 @@ def load_net(ckpt=None, device=None):
     checkpoint = load(path)
     config = checkpoint["config"]
     try:
-        require(config["schedule"] in SCHEDULES and 2 <= config["T"] <= 100_000, "not ours")
+        known = {"dataset": DATASETS, "schedule": SCHEDULES, "predict": ["eps", "v", "x0"]}
+        require(all(config[key] in names for key, names in known.items()), "not ours")
+        require(config["T"] in range(2, 100_001) and config["net"]["size"] in range(513) and
+                len(config["classes"]) == config["net"]["classes"], "not ours")
         with torch.device("meta"):                   # takes no memory before all is known to fit
             net = UNet(**config["net"])
         net.load_state_dict(checkpoint["ema"], assign=True)
@@ -464,6 +491,20 @@ def update_average(averaged, net, step, ema):
     """averaged += (1-d)·(net - averaged); d warms up, to forget the untrained net it starts as."""
     decay = min(ema, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), 1 - decay)
+
+def lock(folder):
+    """Make a folder this process's own, until the file that is returned is closed, and clear it of
+    what a killed one left half-written. Raises Mistake."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Mistake(f"another training writes to {folder}: --out names another folder") from None
+    for part in folder.glob("*.part"):
+        part.unlink()
+    return file
 
 def agree(*values):
     """The mean of each number over the processes that torchrun has started: all of them get it."""
@@ -533,6 +574,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     averaged, step, log, began = copy.deepcopy(net), 0, [], time.perf_counter()
     optimizer = torch.optim.AdamW(net.parameters(), lr, fused=device.type != "mps")
     parts = {"net": net, "ema": averaged, "optimizer": optimizer}
+    own = lock(out) if rank == 0 else None           # as long as this function runs
     if resume:
         step, log, began = resume["step"], resume["log"], time.perf_counter() - resume["seconds"]
         resume["optimizer"]["param_groups"][0]["fused"] = device.type != "mps"
@@ -675,7 +717,7 @@ def sample(*, ckpt=None, digit=None, morph=None, style="free", init=None, streng
     a row, in order, all if not said. morph: classes to lead from one to the next, in a GIF and a
     strip. style: same draws each row in one hand, from one noise. init: picture to redraw, a row of
     digits too. strength: share of T to noise init by, 0.6 if not said. n: number of rows, 1 with
-    digit, else 10. out: the PNG. gif: a GIF too. raw: .pt to write {format, images: uint8
+    digit, else 10; a picture shows 100 at most. out: the PNG. gif: a GIF too. raw: .pt to write {format, images: uint8
     (n,C,H,W), labels: int64 (n,), -1 for none} to. device: cpu, cuda, cuda:1, mps, the best there
     is if not said."""
     net, config = load_net(ckpt, device)
@@ -684,6 +726,7 @@ def sample(*, ckpt=None, digit=None, morph=None, style="free", init=None, streng
         require(name in names, f"{name}: this net knows {', '.join(names) or 'no labels'}")
     require(names or style == "free", "--style same is for a net that knows labels")
     require(init or strength is None, "--strength goes with --init")
+    require(not gif or (n or 1) <= 100, f"--gif shows 100 rows at most, not --n {n}")
     row = [names.index(name) for name in asked or names] or [NULL] * 10
     if morph:
         require(len(row) > 1, "--morph leads from one class to another: name two or more")
@@ -783,12 +826,14 @@ def main(argv=None):
                      for name, value in saved.items() if value is not None and value is not False]
             given = vars(parser.parse_args(["train", *words])) | given   # their ranges hold too
             given.pop("function")
-        return function(**given)
+        ended = function(**given)
+        print(end="", flush=True)                    # is there still someone who reads it?
+        return ended
     except (Mistake, OSError, RuntimeError) as error:
-        print(f"ddpm.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        advice = " (lower --batch-size, --width or --n)" if "memory" in str(error) else ""
+        print(f"ddpm.py: error: {' '.join(str(error).split())}{advice}", file=sys.stderr)
+        sys.stdout = None                            # or Python says once more that it is closed
         return 2 if isinstance(error, Mistake) or getattr(error, "filename", None) else 1
-    except KeyboardInterrupt:
-        return 130
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,6 +21,7 @@ import tempfile
 import time
 import types
 import unittest
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -679,6 +680,13 @@ class Pictures(Folder):
                 ddpm.write("deep/er/file", fail)
         self.assertEqual(out.getvalue().strip(), str(Path("deep/er/file")))
         self.assertEqual(Path("deep/er/file").read_bytes(), b"whole")
+        self.assertEqual(os.listdir("deep/er"), ["file"])
+
+    def test_a_sheet_of_very_many_pictures_shows_a_hundred_rows(self):
+        with contextlib.redirect_stdout(None):
+            ddpm.write_pictures("many.png", torch.zeros(1005, 1, 4, 4, dtype=torch.uint8), 2)
+        with Image.open("many.png") as sheet:
+            self.assertEqual(sheet.height, 2 * (100 * 6 + 2))
 
     def test_the_curve_of_a_falling_loss_falls(self):
         image = ddpm.draw_curve([1 / (1 + i / 50) for i in range(5000)])
@@ -714,7 +722,7 @@ class Data(Folder):
 
     def tiny_mnist(self, n=20, name="MNIST"):
         raw = Path(f"here/{name}/raw")
-        raw.mkdir(parents=True)
+        raw.mkdir(parents=True, exist_ok=True)
         for name in ("train", "t10k"):
             (raw / f"{name}-images-idx3-ubyte").write_bytes(
                 struct.pack(">IIII", 2051, n, 28, 28) + bytes(i % 251 for i in range(n * 784)))
@@ -775,7 +783,7 @@ class Data(Folder):
         self.assertEqual((images.shape, images.dtype), ((19, 3, 16, 16), torch.uint8))
         self.assertEqual((len(test), classes), (3, ["dark", "light"]))
         self.assertIn("skipped: mine/dark/broken.png", err.getvalue())
-        self.assertIn("22 pictures in mine, 2 skipped", err.getvalue())
+        self.assertIn("22 pictures in mine, 3 skipped", err.getvalue())
         self.assertLess((images[labels == 1].float().mean() - 220).abs(), 30)
         status, out, err = self.run_main("train --dataset folder --data mine --size 16 --width 8 "
                                          "--steps 1 --T 5")
@@ -784,8 +792,8 @@ class Data(Folder):
         self.assertEqual(status, 0, err)
         with Image.open("samples.png") as sheet:
             self.assertEqual(sheet.mode, "RGB")
-        for place in ("nowhere", "mine/dark"):
-            self.refuses(place, "train --dataset folder --out x --data", place, status=1)
+        self.refuses("nowhere", "train --dataset folder --out x --data nowhere", status=1)
+        self.refuses("mine/dark/CLASS", "train --dataset folder --out x --data mine/dark")
 
     def photo(self, text="203", size=90, mode="RGB", paper=210, ink=40):
         """A row of digits on unevenly lit, grainy paper."""
@@ -798,6 +806,32 @@ class Data(Folder):
         grey = torch.tensor(list(picture.tobytes())).view(220, -1) * (light + grain)
         levels = bytes(grey.clamp(0, 255).byte().flatten().tolist())
         return Image.frombytes("L", picture.size, levels).convert(mode)
+
+    def test_links_that_go_round_end_and_a_bomb_of_a_picture_is_skipped_by_name(self):
+        for name in ("a", "b"):
+            Path("mine", name).mkdir(parents=True)
+            Image.new("L", (9, 9)).save(f"mine/{name}/0.png")
+            Image.new("L", (9, 9)).save(f"mine/{name}/1.png")
+            for link, to in (("round", ".."), ("self", "."), ("back", "../a")):
+                Path("mine", name, link).symlink_to(to)
+        Image.new("1", (20_000, 20_000)).save("mine/a/bomb.png")
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            images = ddpm.load_data("folder", "mine", size=8)[0]
+        self.assertEqual(len(images), 3)             # of four, the first is kept for testing
+        self.assertIn("skipped: mine/a/bomb.png", err.getvalue())
+
+    def test_damaged_files_of_a_data_set_are_told_by_name(self):
+        for part, damage in (("images-idx3", lambda whole: whole[:5000]),
+                             ("images-idx3", lambda whole: b"<html>" + whole),
+                             ("images-idx3", lambda whole: b""),
+                             ("labels-idx1", lambda whole: struct.pack(">II", 2049, 9) + bytes(9)),
+                             ("labels-idx1", lambda whole: whole[:-1] + bytes([10])),
+                             ("labels-idx1", lambda whole: whole[:-3])):
+            self.tiny_mnist()
+            path, = Path("here/MNIST/raw").glob(f"train-{part}*")
+            path.write_bytes(damage(path.read_bytes()))
+            with mock.patch("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"]):
+                self.refuses("mnist ", "train --width 8 --steps 1 --data here", status=1)
 
     def test_a_photo_of_a_row_becomes_white_digits_on_black_each_in_the_middle(self):
         self.photo().save("dark.jpg")
@@ -884,6 +918,10 @@ class Checkpoints(Folder):
         large = {name: torch.zeros(1).expand(10**6, *value.shape[1:])
                  for name, value in whole["ema"].items() if value.ndim}
         for changes in ({"T": 10**9}, {"T": -1}, {"T": "many"}, {"schedule": "__import__"},
+                        {"T": 2.5}, {"predict": "all"}, {"dataset": "/etc"}, {"classes": []},
+                        {"net": whole["config"]["net"] | {"size": 4 * 10**8}},
+                        {"net": whole["config"]["net"] | {"size": -4}},
+                        {"net": whole["config"]["net"] | {"channels": 10**9}},
                         {"net": whole["config"]["net"] | {"width": 10**6}},
                         {"net": whole["config"]["net"] | {"width": -8}},
                         {"net": {"size": 28}}, {"net": {"layers": 3}}, {"net": None}):
@@ -894,6 +932,32 @@ class Checkpoints(Folder):
         for changes in ({"T": 10**9}, {"batch_size": 0}, {"dataset": "../x"}, {"lr": math.nan}):
             torch.save(whole | {"flags": whole["flags"] | changes}, "runs/glyphs/ddpm.pt")
             self.refuses("argument --", "train --resume --dataset glyphs --steps 4")
+
+    def test_a_checkpoint_of_a_later_format_or_with_a_tensor_of_absurd_size_is_refused(self):
+        self.train()
+        whole = ddpm.load("runs/glyphs/ddpm.pt", ["flags"])
+        torch.save(whole | {"format": "ddpm.py 2"}, "later.pt")
+        self.refuses("later.pt is not a file of", "sample --ckpt later.pt")
+        torch.save(whole | {"ema": {"stem.weight": torch.zeros(1 << 20)}}, "absurd.pt")
+        with zipfile.ZipFile("absurd.pt") as old, zipfile.ZipFile("huge.pt", "w") as new:
+            for name in old.namelist():              # 2^40 numbers, of which the file has 2^20
+                data = old.read(name)
+                if name.endswith("data.pkl"):
+                    self.assertIn(struct.pack("<I", 1 << 20), data)
+                    data = data.replace(b"J" + struct.pack("<I", 1 << 20),
+                                        b"\x8a\x06" + (1 << 40).to_bytes(6, "little"))
+                new.writestr(name, data)
+        self.refuses("huge.pt is not a file of", "sample --ckpt huge.pt")
+
+    def test_a_checkpoint_from_a_gpu_opens_without_one(self):
+        self.train()
+        whole = torch.load("runs/glyphs/ddpm.pt", weights_only=True)
+        with mock.patch("torch.serialization.location_tag", lambda storage: "cuda:0"):
+            torch.save(whole, "gpu.pt")
+        with zipfile.ZipFile("gpu.pt") as file:
+            self.assertIn(b"cuda:0", file.read("gpu/data.pkl"))
+        status, out, err = self.run_main("sample --ckpt gpu.pt --steps 2 --device cpu")
+        self.assertEqual(status, 0, err)
 
     def test_zeros_among_the_flags_survive_a_resume(self):
         self.train("--label-drop", "0", "--grad-clip", "0", "--ema", "0")
@@ -1021,6 +1085,20 @@ class Training(Folder):
         before = Path("runs/glyphs/ddpm.pt").read_bytes()
         self.refuses("--resume", "train --dataset glyphs")
         self.assertEqual(Path("runs/glyphs/ddpm.pt").read_bytes(), before)
+
+    @unittest.skipUnless(ddpm.fcntl, "no locks here")
+    def test_a_folder_takes_one_training_at_a_time(self):
+        self.train()
+        with ddpm.lock(Path("runs/glyphs")):
+            self.refuses("another training", "train --resume --dataset glyphs --steps 4")
+        self.assertEqual(self.run_main("train --resume --dataset glyphs --steps 4")[0], 0)
+
+    def test_a_device_without_memory_is_told_which_flag_to_lower(self):
+        full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nTried to ..."))
+        with mock.patch("ddpm.diffusion_loss", full):
+            status, out, err = self.run_main(f"{SMALL} --steps 3")
+        self.assertEqual((status, err.count("\n")), (1, 1))
+        self.assertIn("lower --batch-size", err)
 
     def test_a_loss_that_is_no_number_stops_the_run(self):
         with mock.patch("ddpm.diffusion_loss", lambda net, *args: net.last.bias.sum() * math.nan):
@@ -1318,6 +1396,217 @@ class TheCommandLine(Folder):
         self.refuses("file", "sample --steps 2 --out file/a.png")
         self.refuses(".png", "sample --steps 2 --out a.jpg")
         self.assertEqual(Path("file").read_text(), "kept")
+
+    def test_a_full_disk_or_a_closed_pipe_ends_in_one_line(self):
+        self.train()
+        class Full(io.StringIO):
+            def flush(self):
+                raise BrokenPipeError(32, "Broken pipe")
+        for line in ("sample --steps 2", "evaluate --n 9 --steps 2 --data .", f"{SMALL} --out x"):
+            with contextlib.redirect_stderr(io.StringIO()) as err, mock.patch("sys.stdout", Full()):
+                self.assertEqual(ddpm.main(line.split()), 1)
+                self.assertIsNone(sys.stdout)        # Python would flush it again
+            self.assertEqual(err.getvalue().count("error"), 1, err.getvalue())
+        folder = Path("folder.png")
+        folder.mkdir()
+        for line in ("sample --steps 2 --out folder.png", "sample --steps 2 --raw folder.png"):
+            self.assertEqual(self.run_main(line)[0], 2)
+        self.assertEqual([path for path in Path().rglob("*.part")], [])
+
+
+HOSTILE = ["", "0", "-1", "nan", "inf", "1e30", "word", "no/where", "ü"]
+
+@unittest.skipUnless(os.environ.get("SLOW"), "takes minutes: make test-slow")
+class Slow(Folder):
+    """Many tries, and faults that need a process of their own."""
+
+    def fork(self, line):
+        """Run a command line in a process of its own, without a wait for the imports: its pid."""
+        pid = os.fork()
+        if pid == 0:
+            with open("said", "w") as said:
+                os.dup2(said.fileno(), 1)
+                os.dup2(said.fileno(), 2)
+            status = 99
+            try:
+                status = ddpm.main(line.split()) or 0
+            finally:
+                os._exit(status)
+        return pid
+
+    def few(self):
+        few = ddpm.glyphs(train=False)
+        few.data, few.targets = few.data[:12], few.targets[:12]
+        patch = mock.patch.dict(ddpm.DATASETS, glyphs=lambda *args, **options: few)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_a_training_that_is_killed_thirty_times_always_leaves_a_whole_checkpoint(self):
+        self.few()
+        pid, moments = self.fork(f"{SMALL} --T 6 --batch-size 4 --epochs 100000"), []
+        random = torch.rand(30, generator=ddpm.stream(0, 0)).tolist()
+        for moment in random:
+            while not Path("runs/glyphs/ddpm.pt").exists():
+                time.sleep(0.01)
+            time.sleep(1 + moment)                   # it saves every three steps, all the time
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            moments.append(ddpm.load("runs/glyphs/ddpm.pt", ["flags", "net", "optimizer"])["step"])
+            self.assertLess(len(list(Path().rglob("*.part"))), 2)
+            pid = self.fork("train --resume --dataset glyphs")
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        self.assertEqual(moments, sorted(moments))
+        self.assertGreater(len(set(moments)), 25, Path("said").read_text())
+
+    def test_a_signal_at_any_moment_of_any_command_leaves_no_traceback(self):
+        self.few()
+        whole = f"{SMALL} --T 6 --batch-size 4 --epochs 100000 --out run"
+        for i, moment in enumerate(torch.rand(24, generator=ddpm.stream(0, 1)).tolist()):
+            number = (signal.SIGINT, signal.SIGTERM)[i % 2]
+            line = (whole + str(i), "sample --ckpt run0/ddpm.pt --n 90")[i // 2 % 2]
+            command = [sys.executable, PROGRAM, *line.split()]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            time.sleep(0.3 + (6 if i < 2 else 8 * moment))
+            process.send_signal(number)
+            out, err = process.communicate(timeout=60)
+            self.assertNotIn("Traceback", err)
+            self.assertIn(process.returncode, (0, -number, 128 + number), err)
+
+    def test_a_second_signal_ends_at_once(self):
+        command = [sys.executable, PROGRAM, *f"{SMALL} --batch-size 10000 --steps 9".split()]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while not Path("runs/glyphs/ddpm.pt").exists():
+            time.sleep(0.1)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        out, err = process.communicate(timeout=60)
+        self.assertLess(time.monotonic() - began, 2)
+        self.assertNotIn(b"Traceback", err)
+        self.assertEqual(ddpm.load("runs/glyphs/ddpm.pt")["step"], 0)
+
+    def test_a_full_disk_leaves_the_older_files_as_they_were(self):
+        import resource
+        self.train("--out", "run")
+        self.run_main("sample --steps 2 --gif --n 3 --raw raw.pt")
+        before = {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()}
+        def limit(size):
+            return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        for size, line in ((2000, "sample --steps 2 --n 3"), (9000, "sample --steps 2 --n 3 --gif"),
+                           (40_000, "sample --steps 2 --n 90 --raw raw.pt"),
+                           (100_000, "train --resume --out run --steps 9"),
+                           (100, "evaluate --n 9 --steps 2 --data . --json f.json")):
+            done = subprocess.run([sys.executable, PROGRAM, *line.split()], capture_output=True,
+                                  preexec_fn=limit(size), text=True, timeout=120)
+            self.assertEqual(done.returncode, 1, line + done.stderr)
+            self.assertEqual(done.stderr.count("ddpm.py: error"), 1, done.stderr)
+            self.assertNotIn("Traceback", done.stderr)
+            for path, data in before.items():
+                if path.suffix in (".pt", ".gif"):
+                    self.assertEqual(path.read_bytes(), data, (line, path))
+            self.assertEqual(list(Path().rglob("*.part")), [])
+
+    def test_no_reader_no_colours_no_room(self):
+        self.train()
+        environment = os.environ | {"TERM": "dumb", "COLUMNS": "40", "OMP_NUM_THREADS": "1"}
+        for tail in ("| head -1", "| true", "> /dev/full", ">&-", "2>&- | cat"):
+            for line in ("--help", "sample --steps 2", "evaluate --n 20 --steps 2 --data .",
+                         f"{SMALL} --T 6 --steps 30 --out 'o{tail[-1]}'"):
+                done = subprocess.run(f"{sys.executable} {PROGRAM} {line} {tail}", shell=True,
+                                      capture_output=True, text=True, env=environment, timeout=120)
+                self.assertNotIn("Traceback", done.stderr, line + tail)
+                self.assertNotIn("Exception ignored", done.stderr, line + tail)
+                self.assertNotIn("\r", done.stderr)
+
+    def ends_well(self, line):
+        """Assert that a command line, given as words, ends without a traceback: its status."""
+        status, out, err = 99, "", ""
+        try:
+            status, out, err = self.run_main("", *line)
+        except Exception as error:
+            self.fail(f"{line}: {error!r}")
+        self.assertIn(status, (0, 1, 2), line)
+        told = [one for one in err.splitlines() if "error" in one]
+        self.assertEqual(len(told), status > 0, (line, err))
+        return status
+
+    def prepare(self):
+        """A net to draw with, and the least of everything: few pictures, no network."""
+        self.few()
+        self.train("--out", "net")
+        Data.own_pictures(self)
+        for patch in (mock.patch("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:9/"]),
+                      mock.patch("ddpm.compile", None, create=True)):
+            patch.start()
+            self.addCleanup(patch.stop)
+        return {"train": ["train", "--dataset", "glyphs", "--width", "8", "--T", "6"],
+                "sample": ["sample", "--ckpt", "net/ddpm.pt", "--n", "1"],
+                "evaluate": ["evaluate", "--ckpt", "net/ddpm.pt", "--n", "4"],
+                "forward": ["forward", "--dataset", "glyphs"]}
+
+    def test_every_flag_of_every_command_bears_nine_hostile_values(self):
+        tries = 0
+        for command, words in self.prepare().items():
+            for flag, options in ddpm.FLAGS.items():
+                for value in HOSTILE if options.get("action") is None else [None]:
+                    more = [flag] if value is None else [f"{flag}={value}"]
+                    if flag != "--compile":
+                        budget = ["--steps", "1"] if command == "train" and flag not in (
+                            "--steps", "--epochs", "--minutes") else []
+                        out = ["--out", f"runs/{tries}"] if command == "train" else []
+                        self.ends_well(words + out + budget + more)
+                        tries += 1
+        print(f"{tries} command lines, ", end="", file=sys.stderr)
+
+    def test_two_thousand_random_command_lines_end_well(self):
+        commands, ended = self.prepare(), [0, 0, 0]
+        sane = {"--T": "7 9", "--steps": "1 2 5", "--n": "1 3", "--digit": "3 zebra", "--size": "8 16",
+                "--morph": "1 2", "--seed": "1 4294967295", "--width": "8 16", "--minutes": "0.01",
+                "--init": "mine/dark/0.tiff mine/dark/broken.png", "--strength": "0 0.4 1",
+                "--eta": "0 0.5", "--guidance": "0 1 8", "--threshold": "0.5 0.995 1",
+                "--batch-size": "1 4", "--out": "a.png b c/d.png", "--raw": "raw.pt mine",
+                "--epochs": "1", "--lr": "1e-9 0.01 10", "--dataset": "folder mnist glyphs",
+                "--data": "mine .", "--ckpt": "net/ddpm.pt raw.pt mine", "--json": "f.json mine",
+                "--device": "cpu", "--ema": "0 0.5", "--grad-clip": "0 3", "--label-drop": "0 1"}
+        random = ddpm.stream(0, 2)
+        def pick(choices):
+            return list(choices)[torch.randint(len(choices), (), generator=random)]
+        began = time.monotonic()
+        for i in range(2000):
+            command = pick(commands)
+            words = list(commands[command])
+            if command == "train":
+                words += ["--out", f"runs/{i}"] + ["--steps", "1"] * pick([0, 1, 1, 1])
+                words += [] if "--steps" in words else ["--minutes", "0.01"]
+            for _ in range(pick([0, 1, 2, 3, 4])):
+                flag = pick(sorted(set(ddpm.FLAGS) - {"--compile"}))
+                options = ddpm.FLAGS[flag]
+                words.append(flag)
+                if "action" not in options:
+                    known = list(options.get("choices", [])) or sane[flag].split()
+                    known = [name for name in known if name not in ("fashion", "kmnist", "cifar10")]
+                    words.append(pick(HOSTILE) if pick(range(5)) == 0 else pick(known))
+                    words += [pick(known)] * pick([0, 1, 2]) if "nargs" in options else []
+            ended[self.ends_well(words)] += 1
+        print(f"{ended} in {time.monotonic() - began:.0f} s, ", end="", file=sys.stderr)
+        self.assertGreater(ended[0], 100)
+        self.assertGreater(ended[2], 500)
+
+    def test_twenty_thousand_pictures_take_little_memory(self):
+        import resource
+        self.train()
+        program = (f"import resource, sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import ddpm\n"
+                   "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+                   "ddpm.main('sample --digit 5 --steps 1 --n 9'.split()); before = peak()\n"
+                   "ddpm.main('sample --digit 5 --steps 1 --n 20000 --raw raw.pt'.split())\n"
+                   "print('kB', peak() - before)")
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        self.assertLess(int(done.stdout.split("kB")[1]), 300_000, done.stderr)
 
 
 if __name__ == "__main__":
