@@ -107,13 +107,24 @@ def stream(seed, i):
     torch uses 32 bits of a seed, the factor keeps the streams of nearby seeds apart."""
     return torch.Generator().manual_seed((seed * 2654435761 + i) % 2**32)
 
-def training_batch(images, labels, step, *, batch_size, T, label_drop, seed):
+def uniform(u):
+    """Every t as often as any other (Ho et al. 2020, alg. 1)."""
+    return u
+
+def logit_normal(u, mean=0.5, std=1.0):
+    """t/T ~ sigmoid(N(mean,std²)): mostly amid, where shape is made (Esser et al. 2024, sec. 3.1)."""
+    return torch.sigmoid(mean + std * torch.special.ndtri(u))
+
+TIMESTEPS = {"logit-normal": logit_normal, "uniform": uniform}       # quantile u in 0..1 -> t/T
+
+def training_batch(images, labels, step, *, batch_size, T, label_drop, seed,
+                   timesteps="logit-normal"):
     """All that is random in one step, drawn from (seed, step) alone, so that resuming is exact.
     images uint8 (N,C,H,W), labels (N,) -> x0 in [-1,1], y (B,), t (B,) in 1..T, eps like x0."""
     B, random = batch_size, stream(seed, step)
     index = torch.randint(len(images), (B,), generator=random).to(images.device)
     u = (torch.arange(B) + torch.rand(B, generator=random, dtype=torch.float64)) / B
-    t = 1 + (u * T).long().clamp(max=T - 1)          # one t from each B-th of 1..T: a steadier loss
+    t = 1 + (TIMESTEPS[timesteps](u) * T).long().clamp(max=T - 1)    # B equal shares: steadier
     drop = torch.rand(B, generator=random) < label_drop      # each by itself, for guidance (sec. 5)
     x0, y = images[index] / 127.5 - 1, labels[index].masked_fill(drop.to(labels.device), NULL)
     return x0, y, t, torch.randn(x0.shape, generator=random).to(x0.device)
@@ -495,10 +506,10 @@ def update_average(averaged, net, step, ema):
 
 def orthogonal(matrix):
     """U·Vᵀ of a matrix U·S·Vᵀ (m,n), roughly: rounds of Newton-Schulz bring S to 0.7 .. 1.2."""
-    x = matrix / (matrix.norm() + 1e-7)
+    x, one = matrix / (matrix.norm() + 1e-7), torch.eye(len(matrix), device=matrix.device)
     for _ in range(5):
         square = x @ x.T
-        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+        x = (3.4445 * one - 4.775 * square + 2.0315 * square @ square) @ x
     return x
 
 class Muon(torch.optim.Optimizer):
@@ -552,8 +563,9 @@ def save_run(out, checkpoint, net):
 
 def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1000,
           schedule="cosine", predict="v", loss="huber", cond="class", width=48, epochs=None,
-          steps=None, minutes=None, batch_size=64, optimizer="muon", lr=2e-3, ema=0.999,
-          label_drop=0.1, grad_clip=1.0, amp=False, compile=False, seed=0, resume=None):
+          steps=None, minutes=None, batch_size=64, timesteps="logit-normal", optimizer="muon",
+          lr=2e-3, ema=0.999, label_drop=0.1, grad_clip=1.0, amp=False, compile=False, seed=0,
+          resume=None):
     """Train a net: by default ten minutes, on MNIST, to draw the digit that it is asked for.
 
     Writes ddpm.pt, log.csv, loss.png and samples-STEP.png into a folder: at once, and after each
@@ -567,11 +579,11 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     answers. loss: how its error is measured. cond: whether it learns the labels. width: channels of
     its finest maps, divisible by 8. epochs: budget in passes through the data. steps: budget in
     updates. minutes: budget in wall time, 10 if none is said. batch_size: pictures an update, of
-    all processes. optimizer: muon, for the matrices of the blocks, or adamw for all. lr: learning
-    rate at its highest. ema: decay of the averaged weights. label_drop:
-    share of labels hidden, for guidance. grad_clip: longest gradient, 0 for any. amp: bfloat16
-    where it is quick (cpu, cuda). compile: torch.compile, needs a C++ compiler. seed: of all that
-    is random. resume: go on with the run in out, as begun but for what is said anew."""
+    all processes. timesteps: how often it meets which t. optimizer: muon, for the matrices inside
+    the net, or adamw for all. lr: learning rate at its highest. ema: decay of the averaged weights.
+    label_drop: share of labels hidden, for guidance. grad_clip: longest gradient, 0 for any. amp:
+    bfloat16 where it is quick (cpu, cuda). compile: torch.compile, needs a C++ compiler. seed: of
+    all that is random. resume: go on with the run in out, as begun but for what is said anew."""
     flags = {k: v for k, v in locals().items() if k not in ("out", "device", "resume")}
     device, out = pick_device(device), Path(out or f"runs/{dataset}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -596,8 +608,8 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     torch.manual_seed(seed)
     net = UNet(**config["net"]).to(device)
     averaged, step, log, began = copy.deepcopy(net), 0, [], time.perf_counter()
-    inner = [p for block in net.modules() if isinstance(block, (ResBlock, Attention))
-             for p in block.parameters() if p.ndim > 1 and optimizer == "muon"]
+    inner = [p for name, p in net.named_parameters() if p.ndim > 1 and optimizer == "muon"
+             and not name.startswith(("stem", "time", "label", "last"))]
     outer = [p for p in net.parameters() if all(p is not q for q in inner)]
     adamw, muon = torch.optim.AdamW(outer, lr, fused=device.type != "mps"), Muon(inner, lr)
     parts = {"net": net, "ema": averaged, "adamw": adamw, "muon": muon}
@@ -633,7 +645,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
             break
         tick = time.perf_counter()
         batch = training_batch(images, labels, step, batch_size=batch_size, T=T, seed=seed,
-                               label_drop=label_drop if classes else 1)
+                               label_drop=label_drop if classes else 1, timesteps=timesteps)
         x0, y, t, eps = (part[rank::world] for part in batch)
         with half:
             error = diffusion_loss(model, x0, y, t, eps, alpha_bar, predict, loss)
@@ -808,7 +820,7 @@ FLAGS = {  # what they mean stands in the docstrings, what they are by default i
     "--loss": {"choices": LOSSES}, "--cond": {"choices": ["class", "none"]},
     "--width": between(8, 512), "--epochs": between(1, 10**6), "--steps": between(1, 10**9),
     "--minutes": between(0.01, 1e6), "--batch-size": between(1, 10**6), "--lr": between(1e-9, 10.0),
-    "--optimizer": {"choices": ["muon", "adamw"]},
+    "--timesteps": {"choices": TIMESTEPS}, "--optimizer": {"choices": ["muon", "adamw"]},
     "--ema": between(0.0, 0.999999), "--label-drop": between(0.0, 1.0),
     "--grad-clip": between(0.0, 1e9), "--amp": {"action": "store_true"},
     "--compile": {"action": "store_true"}, "--size": between(8, 512), "--digit": {"nargs": "+"},

@@ -14,6 +14,7 @@ import os
 import pickle
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -207,18 +208,25 @@ class TheLoss(unittest.TestCase):
             value = ddpm.diffusion_loss(net, x0, y, t, eps, alpha_bar, predict, "l2")
             self.assertLess(value.item(), 1e-9, predict)
 
-    def batches(self, label_drop=0.1, n=400):
+    def batches(self, label_drop=0.1, n=400, **options):
         images = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
         labels = torch.arange(256) % 10
         parts = [ddpm.training_batch(images, labels, step, batch_size=32, T=50, seed=3,
-                                     label_drop=label_drop) for step in range(n)]
+                                     label_drop=label_drop, **options) for step in range(n)]
         return [torch.cat(part) for part in zip(*parts)]
 
-    def test_training_draws_each_t_from_1_to_T_equally_often(self):
-        t = self.batches()[2]
+    def test_uniform_timesteps_draw_each_t_from_1_to_T_equally_often(self):
+        t = self.batches(timesteps="uniform")[2]
         counts = t.bincount(minlength=51)
         self.assertEqual((t.min().item(), t.max().item(), counts[0].item()), (1, 50, 0))
         self.assertLess((counts[1:] - len(t) / 50).abs().max().item(), 5 * (len(t) / 50) ** 0.5)
+
+    def test_logit_normal_timesteps_have_a_normal_logit(self):
+        t, normal = self.batches()[2], statistics.NormalDist(0.5, 1)
+        self.assertTrue(1 <= t.min() and t.max() <= 50)
+        for k in range(1, 50):
+            expected = normal.cdf(math.log(k / (50 - k)))
+            self.assertAlmostEqual((t <= k).double().mean().item(), expected, delta=0.01)
 
     def test_t_is_never_above_T_even_at_the_edge_of_rounding(self):
         def rand(*shape, **options):
@@ -973,7 +981,7 @@ class Checkpoints(Folder):
                     data = data.replace(b"J" + struct.pack("<I", 1 << 20),
                                         b"\x8a\x06" + (1 << 40).to_bytes(6, "little"))
                 new.writestr(name, data)
-        self.refuses("huge.pt is not a file of", "sample --ckpt huge.pt")
+        self.refuses("of this program", "sample --ckpt huge.pt")
 
     def test_a_checkpoint_from_a_gpu_opens_without_one(self):
         self.train()
@@ -1371,7 +1379,7 @@ class TheCommandLine(Folder):
 
     def test_the_five_systems_are_flags(self):
         systems = ("--schedule linear --loss l1 --predict eps --T 1000",
-                   "--schedule cosine --loss l1 --predict eps --grad-clip 1 --lr 1e-4",
+                   "--schedule cosine --loss l1 --predict eps --optimizer adamw --lr 1e-4",
                    "--cond none --T 300 --schedule linear --loss l2 --predict eps",
                    "--schedule linear --loss l2 --predict eps --batch-size 48")
         for i, flags in enumerate(systems):
