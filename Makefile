@@ -7,13 +7,14 @@ READY := $(if $(filter .venv/bin/python,$(PY)),.venv/ready)
 
 DRAW := $(PY) ddpm.py sample --ckpt assets/mnist.pt --out
 
-.PHONY: help sample train test test-slow assets clean
+.PHONY: help sample train test test-slow bench assets clean
 
 help:
 	@echo "make sample      draw a five and its film, with the newest run or the net that came along"
 	@echo "make train       train on MNIST for ten minutes, into runs/mnist"
 	@echo "make test        run the tests: offline, on the CPU, about a minute and a half"
 	@echo "make test-slow   run them with those that take minutes"
+	@echo "make bench       measure training rate, memory and start-up on this machine"
 	@echo "make assets      draw the pictures of the README again, with the net that came along"
 	@echo "make clean       remove pictures, caches and .venv, but no run and no data"
 
@@ -28,6 +29,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	SLOW=1 $(PY) -m unittest
+
+bench: $(READY)
+	BENCH=1 $(PY) -m unittest -q test_ddpm.Bench
 
 assets: $(READY)
 	$(DRAW) assets/samples.png

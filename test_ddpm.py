@@ -8,10 +8,12 @@ import csv
 import functools
 import inspect
 import io
+import itertools
 import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import socket
 import statistics
@@ -30,10 +32,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
 
 import ddpm
 
+THREADS = torch.get_num_threads()
 torch.set_num_threads(1)                             # nets this small gain nothing by more
 PROGRAM = Path(__file__).with_name("ddpm.py")
 SMALL = "train --dataset glyphs --width 8"
@@ -682,27 +686,27 @@ class Pictures(Folder):
         self.assertEqual(ddpm.grid(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), 2).mode, "RGB")
 
     def test_a_gif_has_all_its_frames_exact_levels_a_held_end_and_loops(self):
-        frames = [Image.frombytes("L", (16, 16), bytes((7 * i + j) % 256 for j in range(256)))
-                  for i in range(9)]
+        film = torch.stack([(7 * i + torch.arange(256)) % 256 for i in range(9)]).byte()
+        film = film.view(9, 1, 1, 16, 16)
         with contextlib.redirect_stdout(None):
-            ddpm.write_gif("a.gif", frames, ms=50, hold=2000)
+            ddpm.write_pictures("a.png", film[-1], 1, film)
         with Image.open("a.gif") as gif:
             self.assertEqual((gif.n_frames, gif.info["loop"]), (9, 0))
-            for i, frame in enumerate(frames):
+            for i, frame in enumerate(film):
                 gif.seek(i)
-                self.assertEqual(gif.convert("L").tobytes(), frame.tobytes())
-                self.assertEqual(gif.info["duration"], 2000 if i == 8 else 50)
+                self.assertEqual(gif.convert("L").tobytes(), ddpm.grid(frame, 1).tobytes())
+                self.assertEqual(gif.info["duration"], 2000 if i == 8 else 80)
 
     def test_equal_frames_lose_no_time(self):
-        frames = [Image.new("L", (8, 8), level) for level in (0, 0, 90, 90)]
+        film = torch.tensor([0, 0, 90, 90]).byte().view(4, 1, 1, 1, 1).expand(4, 1, 1, 8, 8)
         with contextlib.redirect_stdout(None):
-            ddpm.write_gif("a.gif", frames, ms=50, hold=500)
+            ddpm.write_pictures("a.png", film[-1], 1, film)
         with Image.open("a.gif") as gif:
             total = 0
             for i in range(gif.n_frames):
                 gif.seek(i)
                 total += gif.info["duration"]
-        self.assertEqual(total, 3 * 50 + 500)
+        self.assertEqual(total, 3 * 80 + 2000)
 
     def test_a_file_is_written_whole_or_not_at_all(self):
         def fail(file):
@@ -736,6 +740,19 @@ class Pictures(Folder):
             ddpm.status(0.25, time.monotonic() - 30, "step 5")
             ddpm.status(0.26, time.monotonic() - 30, "too soon")
         self.assertEqual(err.getvalue(), "step 5 · 1:30 left\n")
+
+    def test_in_a_terminal_a_drawing_leaves_the_line_blank(self):
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+        net, config = ddpm.UNet(**GREY["net"]), GREY
+        clock, shown = itertools.count(0.0, 1.0), mock.patch("ddpm.status.shown", 0, create=True)
+        with contextlib.redirect_stderr(Terminal()) as err, shown, mock.patch(
+                "time.perf_counter", clock.__next__):
+            ddpm.draw(net, config, torch.arange(2), steps=2)
+        *_, last, nothing = err.getvalue().split("\r")
+        self.assertEqual((last.strip(), nothing), ("", ""))
+        self.assertIn("pictures drawn", err.getvalue())
 
 
 class Data(Folder):
@@ -826,6 +843,8 @@ class Data(Folder):
         self.assertEqual(status, 0, err)
         with Image.open("samples.png") as sheet:
             self.assertEqual(sheet.mode, "RGB")
+        Path("mine/empty").mkdir()                   # a class without a picture is only a name
+        self.assertEqual(self.run_main("forward --dataset folder --data mine")[0], 0)
         self.refuses("nowhere", "train --dataset folder --out x --data nowhere", status=1)
         self.refuses("mine/dark/CLASS", "train --dataset folder --out x --data mine/dark")
 
@@ -1037,7 +1056,7 @@ class Training(Folder):
 
     def test_muon_moves_a_matrix_ten_times_the_rate_in_each_direction_after_its_momentum(self):
         p, grad = nn.Parameter(torch.zeros(2, 2)), torch.tensor([[3.0, 0.0], [0.0, -0.5]])
-        muon = ddpm.Muon([p], lr=0.01)
+        muon = ddpm.Muon([p], {"lr": 0.01})
         for known in (1, 2):                         # the same gradient: the same direction again
             p.grad = grad.clone()
             muon.step()
@@ -1124,7 +1143,8 @@ class Training(Folder):
         self.train("--cond", "none")
         for words, flag in (("T is 6", "--T 30"), ("net is", "--width 16"),
                             ("predict is v", "--predict eps"), ("classes is []", "--cond class"),
-                            ("schedule is cosine", "--schedule linear")):
+                            ("schedule is cosine", "--schedule linear"),
+                            ("optimizer is muon", "--optimizer adamw")):
             self.refuses(words, f"train --resume --dataset glyphs {flag}")
         status, out, err = self.run_main("train --resume --out runs/glyphs --steps 4 --lr 0.01")
         self.assertEqual(status, 0, err)
@@ -1143,7 +1163,7 @@ class Training(Folder):
         self.refuses("--resume", "train --dataset glyphs")
         self.assertEqual(Path("runs/glyphs/ddpm.pt").read_bytes(), before)
 
-    @unittest.skipUnless(ddpm.fcntl, "no locks here")
+    @unittest.skipUnless(os.name == "posix", "no locks here")
     def test_a_folder_takes_one_training_at_a_time(self):
         self.train()
         with ddpm.lock(Path("runs/glyphs")):
@@ -1364,6 +1384,10 @@ class TheCommandLine(Folder):
                     self.assertIn("--" + name.replace("_", "-"), out)
             self.assertLess(out.count("\n"), 60)
             self.assertNotIn("None", out)
+            self.assertIn("python ddpm.py " + command.__name__, out.splitlines()[-1])
+            for options in (words for words in out.split("\n  --")[1:]):
+                self.assertGreater(len(options.split()), 3, "a flag without a word of help")
+        self.assertNotIn("(1.0)", self.run_main("sample --help")[1].split("--strength")[-1][:80])
 
     def test_digits_come_in_the_order_asked_for(self):
         self.train()
@@ -1421,7 +1445,8 @@ class TheCommandLine(Folder):
         for line in ("--digit 2 0 2 6 --style same --n 3", "--morph 3 8", "--morph 3 8 1 --seed 4",
                      "--init photo.jpg --digit 5 --gif", "--init photo.jpg", "--guidance 0",
                      "--init photo.jpg --strength 0 --digit 1 2", "--threshold 0.995"):
-            status, out, err = self.run_main(f"sample --steps 2 {line} --raw raw.pt")
+            raw = "" if "--morph" in line else "--raw raw.pt"
+            status, out, err = self.run_main(f"sample --steps 2 {line} {raw}")
             self.assertEqual(status, 0, err)
         with Image.open("samples.gif") as gif:
             self.assertEqual(gif.info["loop"], 0)
@@ -1433,7 +1458,10 @@ class TheCommandLine(Folder):
         x0 = ddpm.read_pictures("photo.jpg", 1, 28)
         images = torch.load("raw.pt", weights_only=True)["images"]
         self.assertTrue(torch.equal(images, ddpm.to_uint8(x0)))
-        for words, line in (("two or more", "--morph 3"), ("knows 0, 1, 2", "--morph 3 x"),
+        self.refuses("two or more", "evaluate --n 1")
+        self.refuses("--raw", "evaluate --dataset glyphs")
+        for words, line in (("two or more", "--morph 3"), ("without --digit", "--morph 3 8 --n 2"),
+                            ("knows 0, 1, 2", "--morph 3 x"),
                             ("in 0.0..1.0", "--init photo.jpg --strength 1.1"),
                             ("--init", "--strength 0.5"), ("no picture", "--init missing.jpg"),
                             ("no digit", "--init white.png"), ("--threshold", "--threshold 0.1"),
@@ -1459,7 +1487,7 @@ class TheCommandLine(Folder):
         class Full(io.StringIO):
             def flush(self):
                 raise BrokenPipeError(32, "Broken pipe")
-        for line in ("sample --steps 2", "evaluate --n 9 --steps 2 --data .", f"{SMALL} --out x"):
+        for line in ("sample --steps 2", f"{SMALL} --out x"):
             with contextlib.redirect_stderr(io.StringIO()) as err, mock.patch("sys.stdout", Full()):
                 self.assertEqual(ddpm.main(line.split()), 1)
                 self.assertIsNone(sys.stdout)        # Python would flush it again
@@ -1606,10 +1634,14 @@ class Slow(Folder):
                 "evaluate": ["evaluate", "--ckpt", "net/ddpm.pt", "--n", "4"],
                 "forward": ["forward", "--dataset", "glyphs"]}
 
+    def flags(self):
+        return {flag: options for group in ddpm.FLAGS.values()
+                for flag, (_, options) in group.items()}
+
     def test_every_flag_of_every_command_bears_nine_hostile_values(self):
         tries = 0
         for command, words in self.prepare().items():
-            for flag, options in ddpm.FLAGS.items():
+            for flag, options in self.flags().items():
                 for value in HOSTILE if options.get("action") is None else [None]:
                     more = [flag] if value is None else [f"{flag}={value}"]
                     if flag != "--compile":
@@ -1641,8 +1673,8 @@ class Slow(Folder):
                 words += ["--out", f"runs/{i}"] + ["--steps", "1"] * pick([0, 1, 1, 1])
                 words += [] if "--steps" in words else ["--minutes", "0.01"]
             for _ in range(pick([0, 1, 2, 3, 4])):
-                flag = pick(sorted(set(ddpm.FLAGS) - {"--compile"}))
-                options = ddpm.FLAGS[flag]
+                flag = pick(sorted(set(self.flags()) - {"--compile"}))
+                options = self.flags()[flag]
                 words.append(flag)
                 if "action" not in options:
                     known = list(options.get("choices", [])) or sane[flag].split()
@@ -1664,6 +1696,54 @@ class Slow(Folder):
                    "print('kB', peak() - before)")
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         self.assertLess(int(done.stdout.split("kB")[1]), 300_000, done.stderr)
+
+
+@unittest.skipUnless(os.environ.get("BENCH"), "no test, but figures: make bench")
+class Bench(Folder):
+    def run_python(self, *words):
+        """Run Python on these words, as a user does: seconds."""
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *words], check=True, capture_output=True)
+        return time.perf_counter() - began
+
+    def product(self, dtype):
+        """GFLOP/s of a product of two matrices of 2048 x 2048, by as many threads as training has."""
+        a, seconds = torch.randn(2048, 2048, dtype=dtype), []
+        for _ in range(9):
+            began = time.perf_counter()
+            a @ a
+            seconds.append(time.perf_counter() - began)
+        return 2 * 2048**3 / statistics.median(seconds) / 1e9
+
+    def test_rate_memory_and_start_beside_the_machines_own(self):
+        import resource
+        torch.set_num_threads(THREADS)
+        self.addCleanup(torch.set_num_threads, 1)
+        print()
+        for width, more in itertools.product((32, 48, 64), ("", " --amp")):
+            net, alpha_bar = ddpm.UNet(width=width), ddpm.noise_schedule("cosine", 1000)
+            images, labels = torch.zeros(64, 1, 28, 28, dtype=torch.uint8), torch.arange(64) % 10
+            batch = ddpm.training_batch(images, labels, 0, batch_size=64, T=1000, label_drop=0.1,
+                                        seed=0)
+            with FlopCounterMode(display=False) as counter:
+                ddpm.diffusion_loss(net, *batch, alpha_bar).backward()
+            own = [self.product(dtype) for dtype in (torch.float32, torch.bfloat16)]
+            line = f"train --dataset glyphs --width {width} --steps 120{more}"
+            self.run_python(PROGRAM, *line.split(), "--out", f"runs/{width}{more.strip()}")
+            with open(f"runs/{width}{more.strip()}/log.csv") as file:
+                speed = statistics.median(float(row["images/s"])
+                                          for row in list(csv.DictReader(file))[60:])
+            gflops = speed * counter.get_total_flops() / 64e9
+            print(f"{line:56} {speed:6,.0f} images/s, {gflops:4.0f} GFLOP/s: " + ", ".join(
+                f"{gflops / rate:.2f} of a {name} product ({rate:.0f})"
+                for rate, name in zip(own, ("float32", "bfloat16"))), flush=True)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        print(f"peak memory of these trainings: {peak / 2**20:.2f} GB")
+        start = [(self.run_python("-c", "import torch, torchvision"),
+                  self.run_python(PROGRAM, *"sample --digit 5 --gif --ckpt".split(), ddpm.WEIGHTS))
+                 for _ in range(5)]
+        imports, five = map(statistics.median, zip(*start))
+        print(f"sample --digit 5 --gif: {five:.1f} s, {five / imports:.2f} of the imports'")
 
 
 if __name__ == "__main__":
