@@ -34,6 +34,7 @@ from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
+# ---- 1. What all sections use --------------------------------------------------------------------
 NULL = -1  # the label that says "no label": the last row of the class embedding
 
 class Mistake(Exception):
@@ -45,8 +46,9 @@ def require(condition, message):
         raise Mistake(message)
 
 # ---- 2. The forward process: from picture to noise -----------------------------------------------
-# alpha_bar[t] is the picture's share of the variance of x_t: it falls from 1 to almost 0. Noise
-# starts at t = 1, as in the papers; t = 0 is the picture, and as alpha_bar[0] = 1 no special case.
+# alpha_bar[t] is the picture's share of the variance of x_t: it falls from 1 to almost 0. The first
+# noise comes at t = 1, as in the papers. t = 0 is the picture: since alpha_bar[0] = 1, q_sample
+# gives x0 back there, and a sampler's last step, to t = 0, gives x0_hat, without special cases.
 def linear_betas(T):
     """β from 1e-4 to 0.02 (Ho et al. 2020, sec. 4), times 1000/T so that any T ends in noise."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
@@ -83,8 +85,8 @@ def q_sample(x0, t, eps, alpha_bar):
     return signal_rate * x0 + noise_rate * eps
 
 # ---- 3. Algorithm 1: the loss --------------------------------------------------------------------
-# From x_t and any one of eps, v and x0 follow the other two. The net is asked for v by default: in
-# almost pure noise eps is no news, it hardly tells x0, and v still does.
+# Given x_t, any one of eps, v and x0 determines the other two. The net is asked for v by default:
+# in almost pure noise x_t is nearly eps, so that eps tells little of x0, but v is nearly -x0.
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
 
 def target(predict, x0, eps, signal_rate, noise_rate):
@@ -108,10 +110,11 @@ def stream(seed, i):
     return torch.Generator().manual_seed((seed * 2654435761 + i) % 2**32)
 
 def logit_normal(u, mean=0.5, std=1.0):
-    """t/T ~ sigmoid(N(mean,std²)): more of the middle, where shapes form (Esser et al. 2024)."""
+    """t/T ~ sigmoid(N(mean,std²)): more of the middle, where shapes form (Esser et al. 2024). The
+    inverse of its distribution function, by ndtri, that of the normal one."""
     return torch.sigmoid(mean + std * torch.special.ndtri(u))
 
-# From quantiles u in 0..1 to t/T; uniform is every t equally often (Ho et al. 2020, alg. 1).
+# From u, uniform in 0..1, to t/T; "uniform" is every t equally often (Ho et al. 2020, alg. 1).
 TIMESTEPS = {"logit-normal": logit_normal, "uniform": nn.Identity()}
 
 def training_batch(images, labels, step, *, batch_size, T, label_drop, seed,
@@ -141,8 +144,8 @@ def zero(layer):
     return layer
 
 class ResBlock(nn.Module):
-    """(B,c_in,H,W) -> (B,c_out,H,W): x + two convolutions. Time and label, emb (B,c_emb), scale and
-    shift what the second norm gives."""
+    """(B,c_in,H,W) -> (B,c_out,H,W): x + two convolutions. emb (B,c_emb), made of time and label,
+    sets a scale and a shift after the second norm."""
     def __init__(self, c_in, c_out, c_emb):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -170,9 +173,9 @@ class Attention(nn.Module):
         return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))     # h (B, heads, HW, C/heads)
 
 class UNet(nn.Module):
-    """net(x, t, y) is eps, v or x0, shaped like x (B,channels,size,size); t (B,) in 1..T; y (B,) in
-    0..classes-1 or NULL (with no classes always NULL), or shares of them (B,classes+1), NULL last.
-    Raises Mistake."""
+    """net(x, t, y) is eps, v or x0, shaped like x (B,channels,size,size). t (B,) in 1..T. y (B,) in
+    0..classes-1 or NULL (always, if there are no classes), or to mix labels their weights, floats
+    (B,classes+1), that of NULL last. Raises Mistake."""
     def __init__(self, size=28, channels=1, classes=10, width=48):
         super().__init__()
         require(size % 4 == 0, f"the net takes squares with a side divisible by 4, not {size}")
@@ -206,22 +209,23 @@ SAMPLERS = {"ddpm": (1.0, 1000), "ddim": (0.0, 50), "dpm": (0.0, 20)}     # eta,
 
 def predict_x0(net, x, t, *, y, alpha_bar, predict, guidance=1.0, threshold=None):
     """x0_hat from x_t (B,C,H,W) at one t in 1..T, clipped to [-1,1], where pictures lie.
-    Guidance w, out_NULL + w·(out_y - out_NULL), is 1 + that of Ho & Salimans 2022, eq. 6. It acts
-    at middle noise only, as Kynkäänniemi et al. 2024 found for the best: near T it costs variety,
-    near 0 it changes nothing (measured here: 0.02 < ᾱ < 0.7). A threshold clips at s, that quantile
-    of |x0_hat|, in place of 1, and divides by it (Saharia et al. 2022, sec. 2.3)."""
+    Guidance w is out_NULL + w·(out_y - out_NULL): 0 no label, 1 the label, more overdoes it; w - 1
+    is the w of Ho & Salimans 2022, eq. 6. It acts where 0.02 < ᾱ < 0.7 (measured here), elsewhere
+    w = 1: near T it costs variety, near 0 it does nothing (Kynkäänniemi et al. 2024). A threshold
+    clips at s in place of 1, s that quantile of |x0_hat| but at least 1, and divides by s (Saharia
+    et al. 2022, sec. 2.3)."""
     times, null = torch.full((len(x),), t), torch.full((len(x),), NULL, device=x.device)
     out = net(x, times.to(x.device), y if guidance else null)
     if guidance not in (0, 1) and 0.02 < alpha_bar[t] < 0.7:
         out_null = net(x, times.to(x.device), null)
         out = out_null + guidance * (out - out_null)
     x0_hat, s = x0_from(predict, out, x, *rates(alpha_bar, times, x)), 1
-    if threshold:                                    # on the CPU: inside, quantile needs float64
+    if threshold:                                    # quantile computes in float64: not on MPS
         s = x0_hat.abs().flatten(1).cpu().quantile(threshold, 1).clamp(1).view(-1, 1, 1, 1).to(x)
     return x0_hat.clamp(-s, s) / s
 
 def gaussian(shape, hands, device="cpu"):
-    """Noise (B,*shape). A picture's hand is a list of (stream, w): Σ w·z, normal if Σ w² = 1."""
+    """Noise (B,*shape): for each picture Σ w·z over its hand, a list of (stream, w), Σ w² = 1."""
     noise = [sum(w * torch.randn(shape, generator=random) for random, w in hand) for hand in hands]
     return torch.stack(noise).to(device)
 
@@ -230,45 +234,48 @@ def ddim_step(x, x0_hat, alpha_bar_t, alpha_bar_next, eta, noise):
     x_next = √ᾱ_next·x0_hat + √(1-ᾱ_next-σ²)·eps_hat + σ·z,
     σ² = η²·(1-ᾱ_next)/(1-ᾱ_t)·(1-ᾱ_t/ᾱ_next). η = 0 adds no noise: DDIM. η = 1 is DDPM, for then σ²
     is the variance of q(x_next | x_t, x0) (Ho et al. 2020, eq. 7). noise() is z."""
-    eps_hat = (x - alpha_bar_t ** 0.5 * x0_hat) / (1 - alpha_bar_t) ** 0.5   # x0_hat was clipped:
+    # The net's own eps does not fit a clipped x0_hat: only this one makes x_t together with it.
+    eps_hat = (x - alpha_bar_t ** 0.5 * x0_hat) / (1 - alpha_bar_t) ** 0.5
     posterior = (1 - alpha_bar_next) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_next)
-    sigma = eta * posterior ** 0.5                   # only this eps_hat makes x_t with it
+    sigma = eta * posterior ** 0.5
     x_next = alpha_bar_next ** 0.5 * x0_hat + (1 - alpha_bar_next - sigma ** 2) ** 0.5 * eps_hat
     return x_next + sigma * noise() if eta else x_next
 
 @torch.no_grad()
 def denoise(x0_at, x, ts, alpha_bar, noise, sampler="dpm", eta=None):
     """Algorithm 2 (Ho et al. 2020): yield x (B,C,H,W) at each t of the falling list ts, x first.
-    x0_at(x, t) is x0_hat, noise() is z. dpm is DPM-Solver++(2M) (Lu et al. 2022, alg. 2): the step
-    of DDIM, towards where x0_hat will be halfway, in λ, if it goes on as since the last step."""
+    x0_at(x, t) is x0_hat, noise() is z. dpm is DPM-Solver++(2M) (Lu et al. 2022, alg. 2): a step of
+    DDIM, but towards `aim`, where x0_hat will be in the middle of the step, in λ, if it goes on
+    changing as it did over the last one."""
     eta, x0_past = SAMPLERS[sampler][0] if eta is None else eta, None
     lam = (alpha_bar.logit() / 2).tolist()           # λ = log(signal_rate/noise_rate), ∞ at t = 0
     yield x
     for t, t_next in itertools.pairwise(ts):
         x0_hat, h = x0_at(x, t), lam[t_next] - lam[t]
         aim = x0_hat
-        if sampler == "dpm" and x0_past is not None and t_next > 0:      # for the last step h = ∞
+        if sampler == "dpm" and x0_past is not None and t_next > 0:      # at t_next = 0, h = ∞
             aim = x0_hat + h / 2 * (x0_hat - x0_past) / h_past
         x0_past, h_past = x0_hat, h
         x = ddim_step(x, aim, *alpha_bar[[t, t_next]].tolist(), eta, noise)
         yield x
 
-def draw(net, config, y, *, hands=None, x0=None, strength=1.0, frames=1, sampler="dpm", steps=None,
+def draw(net, config, y, *, hands=None, x0=None, strength=None, frames=1, sampler="dpm", steps=None,
          eta=None, guidance=1.5, threshold=None, seed=0):
     """Draw a picture for each label of y (n,), or mix of labels (n,classes+1), 250 at a time: uint8
     (frames,n,C,H,W), the last frame the sample; fewer frames if there are fewer steps. Picture i
-    has its own noise, stream i, whatever its neighbours, or that of hands[i] = {stream: w}. With
-    strength < 1 it starts at t = strength·T from x0 (n,C,H,W), noised (SDEdit, Meng et al. 2022).
-    sampler: Algorithm 2, DDIM or DPM-Solver++(2M). steps: how many, if not said 1000 for ddpm, 50
-    for ddim, 20 for dpm, at most T. eta: noise of ddim, 1 is ddpm. guidance: 0 ignores the label,
-    1 heeds it, more overdoes it. threshold: quantile for dynamic thresholding, 0.995 for one, in
-    place of a clip at 1. seed: of all that is random."""
+    has its own noise, stream i, whoever its neighbours are, or that of hands[i] = {stream: w}. With
+    x0 (n,C,H,W) it starts from that, noised to t = strength·T, by default 0.6 (SDEdit, Meng et al.
+    2022). steps: at most T, by default that of SAMPLERS; eta too. guidance, threshold: as in
+    predict_x0. seed: of all that is random. Raises Mistake."""
     T, steps = config["T"], steps or min(config["T"], SAMPLERS[sampler][1])
     began, shape = time.perf_counter(), [config["net"][k] for k in ("channels", "size", "size")]
     require(steps <= T, f"--steps {steps}: this net knows T = {T} steps")
     require(eta is None or sampler == "ddim", f"--eta is for --sampler ddim, {sampler} has its own")
+    require(x0 is not None or strength is None, "--strength goes with --init")
+    strength = 1 if x0 is None else 0.6 if strength is None else strength
     start, alpha_bar = round(strength * T), noise_schedule(config["schedule"], T)
     ts = sorted({start * i // steps for i in range(steps + 1)}, reverse=True)     # evenly to 0
+    # Of the states at ts, the last is kept and others evenly back to the first, as many as frames.
     kept = sorted({len(ts) - 1 - (len(ts) - 1) * i // max(1, frames - 1) for i in range(frames)})
     film, device = torch.empty(len(kept), len(y), *shape, dtype=torch.uint8), net.stem.weight.device
     for part in (slice(first, first + 250) for first in range(0, len(y), 250)):
@@ -299,14 +306,14 @@ def morph_path(labels, classes, frames=24):
     return torch.stack(y), hands
 
 # ---- 6. Pictures ---------------------------------------------------------------------------------
-# What there is to look at: grids, films, the loss curve, and the line that tells the time left.
+# What there is to look at: grids, films, the loss curve, and the line that shows the time left.
 def to_uint8(x):
     """[-1,1] -> 0..255, rounded and clipped."""
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 def write(path, save, **options):
     """Write a file, whole or not at all, by save(file, **options), and print its path."""
-    path, part = Path(path), Path(f"{path}.part")
+    path, part = Path(path), Path(f"{path}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
@@ -328,8 +335,8 @@ def grid(images, columns):
     return ImageOps.scale(sheet, min(8, max(2, 640 // max(sheet.size))), Image.NEAREST)
 
 def write_pictures(out, images, columns, film=()):
-    """Write pictures uint8 (n,C,H,W) as a grid of 100 rows at most, a PNG, and a film of such as a
-    GIF beside it, which loops: 80 ms a frame, 2 s for the last."""
+    """Write pictures uint8 (n,C,H,W) as a grid of 100 rows at most, a PNG, and a film, (frames,n,C,
+    H,W), as a GIF beside it, which loops: 80 ms a frame, 2 s for the last."""
     write(out, grid(images[:100 * columns], columns).save, format="PNG")
     if len(film):                                    # Pillow joins equal frames, adding their times
         first, *others = [grid(frame, columns) for frame in film]
@@ -348,13 +355,14 @@ def draw_curve(losses):
 
 def status(done, began, text=""):
     """Show a text and the time left on stderr, at a share done in 0..1 of what began at that time:
-    in a terminal a line that is redrawn, blank at last, elsewhere a new line every ten seconds."""
+    in a terminal a line that is redrawn, blanked at the end, else a new line every ten seconds."""
     terminal, now = sys.stderr.isatty(), time.perf_counter()
     width = shutil.get_terminal_size().columns - 1
     if done == 1 and terminal:
         print(" " * width, end="\r", file=sys.stderr)
-    elif done < 1 and now - max(began, getattr(status, "shown", began)) > (0.3 if terminal else 10):
-        status.shown, left = now, round((now - began) * (1 - done) / max(done, 1e-3))
+    silent = now - max(began, getattr(status, "shown", began))
+    if 0 < done < 1 and silent > (0.3 if terminal else 10):
+        status.shown, left = now, round((now - began) * (1 - done) / done)
         line = f"{text} · {left // 60}:{left % 60:02} left"
         print(f"{line[:width]:{width}}\r" if terminal else f"{line}\n", end="", file=sys.stderr)
 
@@ -386,17 +394,17 @@ def open_picture(path, mode="RGB"):
         raise Mistake(f"{path} is no picture that Pillow can read ({error})") from None
 
 def folder(root, train=True, download=False, size=32):
-    """Your own pictures, root/CLASS/*, cut to colour squares, every tenth kept for testing. Like a
+    """Your own pictures, root/CLASS/*, cropped to squares, every tenth kept for testing. Like a
     torchvision set: data uint8 (n,size,size,3), targets, classes."""
     classes = sorted(path.name for path in Path(root).iterdir() if path.is_dir())
     files, kept = [path for path in sorted(Path(root).glob("*/**/*")) if path.is_file()], []
-    for path in files:                               # ImageFolder would follow links for ever
+    for path in files:                               # not ImageFolder: it follows links in circles
         try:
             picture = ImageOps.fit(open_picture(path), (size, size))
             kept.append((pil_to_tensor(picture), classes.index(path.relative_to(root).parts[0])))
         except Mistake as error:
             print(f"skipped: {error}", file=sys.stderr)
-    require(kept, f"there are no pictures in {root}/CLASS/*: --data names the folder")
+    require(len(kept) > 1, f"too few pictures in {root}/CLASS/*: --data names the folder")
     print(f"{len(kept)} pictures in {root}, {len(files) - len(kept)} skipped", file=sys.stderr)
     data, targets = zip(*[one for i, one in enumerate(kept) if (i % 10 > 0) == train])
     return types.SimpleNamespace(data=torch.stack(data).permute(0, 2, 3, 1), targets=targets,
@@ -419,12 +427,13 @@ def load_data(dataset, data="data", size=None, train=True):
         raise OSError(f"{dataset} can't be read from {Path(data).resolve()} or downloaded to it "
                       f"({error}): point --data to it, or try --dataset glyphs") from None
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-    return images, labels, [name.split(" - ")[0].lower() for name in found.classes]    # "0 - zero"
+    names = [name.split(" - ")[0].lower() for name in found.classes]     # MNIST has "0 - zero"
+    return images, labels, found.classes if dataset == "folder" else names
 
 def read_pictures(path, channels, size):
     """Read pictures to redraw: (k,C,size,size) in [-1,1]. For a grey net a file of any other size
     is a row of k digits: paper turns black, each is cut out and centred. Raises Mistake."""
-    picture, inner = open_picture(path, "L" if channels == 1 else "RGB"), size * 5 // 7   # 20 of 28
+    picture, edge = open_picture(path, "L" if channels == 1 else "RGB"), size // 7   # 4 of 28
     if channels == 1 and pil_to_tensor(picture)[0, [0, -1]].float().mean() > 127:
         picture = ImageOps.invert(picture)
     parts = [ImageOps.fit(picture, (size, size))]
@@ -436,7 +445,7 @@ def read_pictures(path, channels, size):
         parts = [picture.crop((left, 0, right, picture.height))
                  for left, right in columns.diff().nonzero().view(-1, 2).tolist()]
         parts = [part.crop(part.getbbox()) for part in parts]
-        parts = [ImageOps.expand(ImageOps.pad(part, (inner, inner)), (size - inner) // 2)
+        parts = [ImageOps.expand(ImageOps.pad(part, (size - 2 * edge,) * 2), edge)
                  for part in parts if part.height > size / 2]            # smaller ones are dirt
     require(parts, f"{path}: no digit stands out in it")
     return torch.stack([pil_to_tensor(part) for part in parts]) / 127.5 - 1
@@ -446,7 +455,7 @@ def read_pictures(path, channels, size):
 WEIGHTS = Path(__file__).with_name("assets") / "mnist.pt"
 
 def load(path, keys=("config", "step", "ema")):
-    """Read a dict of ours that has these keys, by default those of a net. Raises Mistake."""
+    """Read a file of ours, a dict with these keys, by default those of a net. Raises Mistake."""
     require(Path(path).is_file(), f"there is no file {path}: `ddpm.py train` makes checkpoints")
     try:
         require(zipfile.ZipFile(path).testzip() is None, "bad checksum")     # torch checks none
@@ -462,7 +471,7 @@ def load_net(ckpt=None, device=None):
     path = ckpt or max(Path("runs").glob("*/ddpm.pt"), key=os.path.getmtime, default=WEIGHTS)
     checkpoint, device = load(path), pick_device(device)
     config = checkpoint["config"]
-    try:
+    try:                                             # "classes": their number, and their names
         known = {"dataset": DATASETS, "schedule": SCHEDULES, "predict": ["eps", "v", "x0"],
                  "T": range(2, 100_001), "size": range(513), "classes": [len(config["classes"])]}
         require(all((config | config["net"])[key] in known[key] for key in known), "not ours")
@@ -502,7 +511,8 @@ def orthogonal(matrix):
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, made orthogonal: a matrix learns its rare directions as fast as its common
-    ones (Jordan et al. 2024), which gives better digits per minute than AdamW. Steps of 10·lr."""
+    ones, which gives better digits per minute than AdamW (Jordan et al. 2024). As a step's singular
+    values are about 1 whatever the gradient, its rate is another: 10·lr."""
     @torch.no_grad()
     def step(self):
         for p in self.param_groups[0]["params"]:
@@ -512,8 +522,8 @@ class Muon(torch.optim.Optimizer):
             p.add_(step, alpha=-10 * self.param_groups[0]["lr"])
 
 def lock(folder):
-    """Make a folder this process's own, until the file that is returned is closed, and clear it of
-    what a killed one left half-written. Raises Mistake."""
+    """Make a folder this process's own, until the file that is returned is closed, and remove what
+    a killed one left half-written. Raises Mistake."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     try:
@@ -522,12 +532,13 @@ def lock(folder):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Mistake(f"another training writes to {folder}: --out names another folder") from None
-    for part in folder.glob("*.part"):
-        part.unlink()
+    for name in ("ddpm.pt", "log.csv", "loss.png", "samples-*.png"):
+        for part in folder.glob(f"{name}.*.part"):
+            part.unlink()
     return file
 
 def agree(*values):
-    """The mean of each number over the processes that torchrun has started: all of them get it."""
+    """The mean of each number over torchrun's processes: all of them get it, each waits for all."""
     if distributed.is_initialized():
         device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
         means = torch.tensor(values, dtype=torch.float64, device=device)
@@ -574,7 +585,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     for turn in range(world):                        # one after the other: the first may download
         if turn == rank:
             images, labels, classes = load_data(dataset, data, size)
-        agree(turn)                                  # each waits for all
+        agree(turn)                                  # only to wait
     classes = classes if cond == "class" else []
     config = {"dataset": dataset, "classes": classes, "T": T, "schedule": schedule,
               "predict": predict, "net": {"size": images.shape[2], "channels": images.shape[1],
@@ -585,6 +596,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     torch.manual_seed(seed)
     net = UNet(**config["net"]).to(device)
     averaged, step, log, began = copy.deepcopy(net), 0, [], time.perf_counter()
+    # Muon is for matrices between hidden layers, AdamW for input, output, embeddings and vectors.
     inner = [p for name, p in net.named_parameters() if p.ndim > 1 and optimizer == "muon"
              and not name.startswith(("stem", "time", "label", "last"))]
     outer = [p for p in net.parameters() if all(p is not q for q in inner)]
@@ -613,7 +625,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
         seconds = time.perf_counter() - began
         done = min(1, step / total if total else seconds / 60 / (minutes or 10))
         done, stop = agree(done, len(ended))         # a signal to one process ends all
-        mark, stop = int(done * (epochs or 10) + 1e-6), stop or done == 1
+        mark, stop = int(done * (epochs or 10) + 1e-6), stop or done == 1    # 1e-6: rounding
         if rank == 0 and (stop or mark != saved):    # at the start too: can it be written?
             saved = mark
             status(1, began)
@@ -654,18 +666,19 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
 # ---- 10. Evaluation ------------------------------------------------------------------------------
 # A small classifier says whether samples are what was asked for, and how like real ones they look.
 def classifier(dataset, images, labels, classes, data):
-    """A net that reads pictures, 64 features before its last layer. It learns once, from images
-    uint8 (N,C,H,W), four times through, and is kept in the folder data: nn.Sequential."""
+    """A net that reads pictures, 64 features before its last layer: nn.Sequential. It learns once,
+    from images uint8 (N,C,H,W), 4·N of them, and is kept in the folder data."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(images.shape[1], 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
                         nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
                         nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4),
                         nn.Flatten(), nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, len(classes)))
     net, path = net.to(images.device), Path(data, f"{dataset}-classifier.pt")
-    if path.exists():
-        net.load_state_dict(load(path, ["net"])["net"])
+    of = {"classes": list(classes), "images": [*images.shape], "sum": images.sum().item()}
+    if path.exists() and (found := load(path, ["net"])).get("of") == of:
+        net.load_state_dict(found["net"])
         return net
-    steps, began = len(images) // 16, time.perf_counter()
+    steps, began = max(1, len(images) // 16), time.perf_counter()
     optimizer = torch.optim.Adam(net.parameters())
     for step in range(steps):
         x0, y, _, _ = training_batch(images, labels, step, batch_size=64, T=2, label_drop=0, seed=0)
@@ -675,7 +688,7 @@ def classifier(dataset, images, labels, classes, data):
         optimizer.step()
         status((step + 1) / steps, began, f"learning to read {dataset}, once")
     with contextlib.suppress(OSError):               # data that many share may not be written to
-        write(path, partial(torch.save, {"format": "ddpm.py 1", "net": net.state_dict()}))
+        write(path, partial(torch.save, {"format": "ddpm.py 1", "of": of, "net": net.state_dict()}))
     return net
 
 def frechet(a, b):
@@ -697,56 +710,62 @@ def rate(reader, images, labels, real):
     right = None if (labels == NULL).any() else (p.argmax(1) == labels).double().mean().item()
     return {"right": right, "distance": frechet(ours, theirs), "score": score}
 
-def evaluate(*, ckpt=None, dataset=None, data="data", n=1000, raw=None, json=None, device=None,
+def evaluate(*, ckpt=None, dataset=None, data="data", n=None, raw=None, json=None, device=None,
              **drawing):
     """Rate samples: are they what was asked for, and do they look like the test set's pictures?
 
-    The floor is what as many pictures of the training set get. The distance is one between features
-    of our own small classifier: not to be compared with an Inception-FID.
+    The floor is what n real training pictures get. The distance is between features of our own
+    small classifier, which has learned from those: not to be compared with an Inception-FID.
 
     Example: python ddpm.py evaluate --sampler ddim --steps 20 --json figures.json"""
     require(raw or dataset is None, "--dataset goes with --raw: a net knows its own")
-    require(n > 1, "--n 1 has no spread: rate two or more")
-    device, saved = pick_device(device), load(raw, ["images", "labels"]) if raw else None
-    if not raw:
+    require(not raw or not (ckpt or n or drawing), "--raw is rated as it is: nothing is drawn")
+    require(n != 1, "--n 1 has no spread: rate two or more")
+    device = pick_device(device)
+    if raw:
+        saved, dataset = load(raw, ["images", "labels"]), dataset or "mnist"
+        images, labels = saved["images"], saved["labels"]
+        n, size = len(labels), images.shape[-1]
+    else:
         net, config = load_net(ckpt, device)
-    dataset = (dataset or "mnist") if raw else config["dataset"]
-    size = saved["images"].shape[-1] if raw else config["net"]["size"]
+        n, dataset, size = n or 1000, config["dataset"], config["net"]["size"]
     real, truth, classes = load_data(dataset, data, size)
-    reader = classifier(dataset, real.to(device), truth.to(device), classes, data)
-    pick = torch.randint(len(real), (len(saved["labels"]) if raw else n,), generator=stream(0, 0))
-    labels = truth[pick] if raw or config["classes"] else torch.full_like(pick, NULL)
-    labels = saved["labels"] if raw else labels
-    images = saved["images"] if raw else draw(net, config, labels, **drawing)[-1]
+    pick = torch.randint(len(real), (n,), generator=stream(0, 0))
+    if not raw:
+        labels = truth[pick] if config["classes"] else torch.full_like(pick, NULL)
+        images = draw(net, config, labels, **drawing)[-1]
     require(images.shape[1:] == real.shape[1:], f"{raw} has another size than {dataset}")
+    device = "cpu" if device.type == "mps" else device   # which can't pool 7x7 to 4x4
+    reader = classifier(dataset, real.to(device), truth.to(device), classes, data)
     test = load_data(dataset, data, size, train=False)[0].to(device)
     table = {"samples": rate(reader, images, labels, test),
              "floor": rate(reader, real[pick], truth[pick], test)}
-    print(f"n = {len(pick):<8,} read right  distance  score   (our own features: no Inception-FID)")
+    print(f"n = {n:<8,} read right  distance  score   (our own features: no Inception-FID)")
     for name, row in table.items():
         right = "-" if row["right"] is None else f"{row['right']:.1%}"
         print(f"{name:12} {right:>10} {row['distance']:9.3f} {row['score']:6.3f}")
     if json:
-        figures = dumps({"n": len(pick), **drawing, **table}, indent=1)
+        figures = dumps({"n": n, **drawing, **table}, indent=1)
         write(json, lambda file: file.write(figures.encode()))
 
 # ---- 11. The command line ------------------------------------------------------------------------
 # Each command is a function, and an argument that FLAGS names is one of its flags.
-def sample(*, ckpt=None, digit=None, morph=None, style="free", init=None, strength=None, n=None,
-           out="samples.png", gif=False, raw=None, device=None, **drawing):
+def sample(*, ckpt=None, digit=None, morph=None, style="free", init=None, n=None, gif=False,
+           out="samples.png", raw=None, device=None, **drawing):
     """Draw pictures with a trained net: a PNG, and on demand a GIF of how they come out of noise.
 
     Example: python ddpm.py sample --digit 2 0 2 6 --style same --n 6"""
     net, config = load_net(ckpt, device)
-    names, asked = config["classes"], [name.lower() for name in morph or digit or ()]
+    names, asked = config["classes"], morph or digit or ()
+    asked = [name if name in names else name.lower() for name in asked]
     for name in asked:
         require(name in names, f"{name}: this net knows {', '.join(names) or 'no labels'}")
     require(names or style == "free", "--style same is for a net that knows labels")
-    require(init or strength is None, "--strength goes with --init")
     require(not gif or (n or 1) <= 100, f"--gif shows 100 rows at most, not --n {n}")
     row = [names.index(name) for name in asked or names] or [NULL] * 10
     if morph:
-        require(not (digit or init or n or raw), "--morph goes without --digit, --init, --n, --raw")
+        require(not (digit or init or n or raw or style == "same"), "--morph goes without --digit, "
+                "--init, --n, --raw and --style")
         require(len(row) > 1, "--morph leads from one class to another: name two or more")
         y, drawing["hands"] = morph_path(row, len(names))
         images = draw(net, config, y, **drawing)[-1]
@@ -756,7 +775,7 @@ def sample(*, ckpt=None, digit=None, morph=None, style="free", init=None, streng
     if init:                                         # column k redraws picture k, or the only one
         pictures = read_pictures(init, config["net"]["channels"], config["net"]["size"])
         row = row * len(pictures) if len(row) == 1 else row
-        drawing["strength"] = 0.6 if strength is None else strength
+        require(len(pictures) <= len(row), f"{init} has {len(pictures)} digits, not {len(row)}")
         drawing["x0"] = pictures[torch.arange(len(row)) % len(pictures)].repeat(rows, 1, 1, 1)
     if style == "same":
         drawing["hands"] = [{hand: 1.0} for hand in range(rows) for _ in row]
@@ -786,7 +805,7 @@ def between(least, most):
         return value
     return {"type": number, "metavar": f"{least}..{most}"}
 
-SWITCH = {"action": "store_true"}
+SWITCH, TOGGLE = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
 FLAGS = {  # group: {flag: (what it means, argparse's options)}; defaults stand in the signatures
     "files and device": {
         "--dataset": ("what to draw; glyphs, printed digits, are built in", {"choices": DATASETS}),
@@ -805,23 +824,23 @@ FLAGS = {  # group: {flag: (what it means, argparse's options)}; defaults stand 
         "--loss": ("how its error is measured", {"choices": LOSSES}),
         "--timesteps": ("how often it meets which t", {"choices": TIMESTEPS}),
         "--cond": ("whether it learns the labels", {"choices": ["class", "none"]}),
-        "--label-drop": ("share of labels hidden, for guidance", between(0.0, 1.0))},
+        "--label-drop": ("share of labels hidden, for guidance other than 1", between(0.0, 1.0))},
     "training": {
-        "--resume": ("go on with the run in --out as it began, but for flags given anew", SWITCH),
+        "--resume": ("go on with the run in --out; flags given now hold", SWITCH),
         "--minutes": ("budget of time, 10 if there is no other budget", between(0.01, 1e6)),
-        "--epochs": ("budget of passes through the data", between(1, 10**6)),
+        "--epochs": ("budget, in as many random pictures as the data has", between(1, 10**6)),
         "--width": ("channels of the finest maps, divisible by 8", between(8, 512)),
-        "--batch-size": ("pictures an update, of all processes", between(1, 10**6)),
+        "--batch-size": ("pictures an update, all processes together", between(1, 10**6)),
         "--optimizer": ("muon for inner matrices, or adamw for all",
                         {"choices": ["muon", "adamw"]}),
         "--lr": ("learning rate at its highest", between(1e-9, 10.0)),
         "--ema": ("decay of the averaged weights", between(0.0, 0.999999)),
-        "--grad-clip": ("longest gradient, 0 for any", between(0.0, 1e9)),
-        "--amp": ("bfloat16 where it is quick (cpu, cuda)", SWITCH),
+        "--grad-clip": ("longest gradient allowed, 0 for no limit", between(0.0, 1e9)),
+        "--amp": ("bfloat16 where it is quick (cpu, cuda)", TOGGLE),
         "--compile": ("torch.compile, needs a C++ compiler", SWITCH)},
     "drawing": {
         "--digit": ("classes of a row, by default all", {"nargs": "+"}),
-        "--morph": ("classes to lead from one to the next, in a GIF and a strip", {"nargs": "+"}),
+        "--morph": ("classes to turn one into the next, in a GIF and a strip", {"nargs": "+"}),
         "--style": ("same: draw each row from one noise, in one hand",
                     {"choices": ["free", "same"]}),
         "--init": ("picture to redraw: a digit, or a row of them", {}),
@@ -831,16 +850,16 @@ FLAGS = {  # group: {flag: (what it means, argparse's options)}; defaults stand 
         "--guidance": ("0 ignores the label, 1 follows it, more exaggerates", between(0.0, 100.0)),
         "--threshold": ("quantile for dynamic thresholding, say 0.995", between(0.5, 1.0))},
     "how many": {
-        "--n": ("rows, by default 10, with --digit 1; for evaluate samples", between(1, 10**6)),
-        "--steps": ("of the sampler, by default 1000 for ddpm, 50 for ddim, 20 for dpm, at most T; "
-                    "for train: budget of updates", between(1, 10**9)),
+        "--n": ("rows: 10, or 1 with --digit; for evaluate samples: 1000", between(1, 10**6)),
+        "--steps": ("train: budget of updates; else of the sampler, at most T: " + ", ".join(
+            f"{steps} for {name}" for name, (_, steps) in SAMPLERS.items()), between(1, 10**9)),
         "--seed": ("of all that is random", between(0, 2**32 - 1))}}
 
 ADVICE = {"memory": "(lower --batch-size, --width or --n)",
           "Read-only": "(--out names another place)", "denied": "(--out names another place)"}
 
 def main(argv=None):
-    """Run a command line. Returns the exit status: 2 for the user's mistake, 1 for the world's."""
+    """Run a command line. Returns the exit status: 2 for the user's mistake, 1 for any other."""
     argv = sys.argv[1:] if argv is None else argv
     options = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("ddpm.py", description=__doc__, **options)
@@ -856,7 +875,7 @@ def main(argv=None):
             usage=f"ddpm.py {function.__name__} [flags]", argument_default=argparse.SUPPRESS,
             **options)
         command.set_defaults(function=function)
-        command.error = parser.error = partial(require, False)           # an error takes one line
+        command.error = parser.error = partial(require, False)           # raise Mistake, not exit
         for title, flags in FLAGS.items():
             group = command.add_argument_group(title)
             for flag, (text, kind) in flags.items():

@@ -815,7 +815,7 @@ class Data(Folder):
         self.assertEqual(images[0].flatten().tolist(), pixels)
 
     def own_pictures(self):
-        for name, level in (("dark", 30), ("light", 220)):
+        for name, level in (("dark", 30), ("Light", 220)):
             Path("mine", name).mkdir(parents=True)
             for i in range(11):
                 mode = ("RGB", "L", "P", "1", "RGBA", "CMYK", "LA", "I;16")[i % 8]
@@ -832,14 +832,14 @@ class Data(Folder):
             images, labels, classes = ddpm.load_data("folder", "mine", size=16)
             test = ddpm.load_data("folder", "mine", size=16, train=False)[0]
         self.assertEqual((images.shape, images.dtype), ((19, 3, 16, 16), torch.uint8))
-        self.assertEqual((len(test), classes), (3, ["dark", "light"]))
+        self.assertEqual((len(test), classes), (3, ["Light", "dark"]))
         self.assertIn("skipped: mine/dark/broken.png", err.getvalue())
         self.assertIn("22 pictures in mine, 3 skipped", err.getvalue())
-        self.assertLess((images[labels == 1].float().mean() - 220).abs(), 30)
+        self.assertLess((images[labels == 0].float().mean() - 220).abs(), 30)
         status, out, err = self.run_main("train --dataset folder --data mine --size 16 --width 8 "
                                          "--steps 1 --T 5")
         self.assertEqual(status, 0, err)
-        status, out, err = self.run_main("sample --digit light dark --gif")
+        status, out, err = self.run_main("sample --digit Light dark --gif")
         self.assertEqual(status, 0, err)
         with Image.open("samples.png") as sheet:
             self.assertEqual(sheet.mode, "RGB")
@@ -1168,7 +1168,11 @@ class Training(Folder):
         self.train()
         with ddpm.lock(Path("runs/glyphs")):
             self.refuses("another training", "train --resume --dataset glyphs --steps 4")
+        ours, theirs = (Path("runs/glyphs", name) for name in ("ddpm.pt.7.part", "film.mkv.part"))
+        for path in (ours, theirs):
+            path.touch()
         self.assertEqual(self.run_main("train --resume --dataset glyphs --steps 4")[0], 0)
+        self.assertEqual((ours.exists(), theirs.exists()), (False, True))
 
     def test_a_device_without_memory_is_told_which_flag_to_lower(self):
         full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nTried to ..."))
@@ -1347,6 +1351,16 @@ class Evaluation(Folder):
         with Image.open("samples.png") as sheet:
             self.assertEqual(sheet.mode, "RGB")
 
+    def test_a_reader_of_other_pictures_learns_anew(self):
+        images, labels = torch.zeros(64, 1, 28, 28, dtype=torch.uint8), torch.arange(64) % 2
+        def learned(images, classes):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                ddpm.classifier("folder", images, labels, classes, ".")
+            return "classifier.pt" in out.getvalue()
+        self.assertEqual([learned(images, "ab"), learned(images, "ab"), learned(images, "ba"),
+                          learned(images + 1, "ba"), learned(images + 1, "bac")],
+                         [True, False, True, True, True])
+
 
 class TheCommandLine(Folder):
     def command(self, line):
@@ -1460,6 +1474,8 @@ class TheCommandLine(Folder):
         self.assertTrue(torch.equal(images, ddpm.to_uint8(x0)))
         self.refuses("two or more", "evaluate --n 1")
         self.refuses("--raw", "evaluate --dataset glyphs")
+        self.refuses("nothing is drawn", "evaluate --raw raw.pt --guidance 3")
+        self.refuses("--init", "evaluate --strength 0.5")
         for words, line in (("two or more", "--morph 3"), ("without --digit", "--morph 3 8 --n 2"),
                             ("knows 0, 1, 2", "--morph 3 x"),
                             ("in 0.0..1.0", "--init photo.jpg --strength 1.1"),
