@@ -41,6 +41,7 @@ assets: $(READY)
 	$(DRAW) assets/morph.png --morph 3 8 5
 	for w in 0 1 3 8; do $(DRAW) assets/guidance-$$w.png --guidance $$w --digit 2 3 5 8 --n 3; done
 	for k in 2 5 20; do $(DRAW) assets/steps-$$k.png --steps $$k --digit 2 3 5 8 --n 3; done
+	$(DRAW) assets/steps-1000.png --sampler ddpm --digit 2 3 5 8 --n 3
 	$(DRAW) assets/seven.png --digit 7 --seed 3
 	for s in 0 0.5 0.7 0.9; do $(DRAW) assets/restyle-$$s.png --init assets/seven.png --strength $$s \
 	  --digit 2 3 7 9; done
