@@ -905,7 +905,7 @@ def main(argv=None):
         return ended
     except (Mistake, OSError, RuntimeError, ValueError) as error:
         text = " ".join(str(error).split())
-        advice = [after for word, after in ADVICE.items() if word in text]
+        advice = [after for word, after in ADVICE.items() if word in text and "--" not in text]
         print(f"ddpm.py: error: {' '.join([text, *advice])}", file=sys.stderr)
         sys.stdout = None                            # or Python complains of the closed pipe too
         return 2 if isinstance(error, Mistake) or getattr(error, "filename", None) else 1
