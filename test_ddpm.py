@@ -15,7 +15,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import statistics
 import struct
 import subprocess
@@ -1212,9 +1211,7 @@ class Training(Folder):
         line = f"{SMALL} --batch-size 8 --T 6 --steps 8 --out"
         status, out, err = self.run_main(line, "one")
         self.assertEqual(status, 0, err)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = str(20_000 + os.getpid() % 10_000)    # below those that a system gives to others
         def process(rank):                           # as torchrun does it
             variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                          "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
@@ -1222,6 +1219,8 @@ class Training(Folder):
                                     env=os.environ | variables, stdout=subprocess.PIPE,
                                     stderr=subprocess.PIPE)
         both = [process(0), process(1)]
+        for one in both:
+            self.addCleanup(one.kill)                # if the other has failed
         said = [one.communicate(timeout=120) for one in both]
         self.assertEqual([one.returncode for one in both], [0, 0], said)
         self.assertEqual(said[1][0], "")             # the first one speaks for both
