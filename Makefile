@@ -1,13 +1,14 @@
 # Everything sets up what it needs: python3 if that has the three packages, else a .venv with them.
 # PY=/path/to/python make ...   uses another one.
 PACKAGES := torch torchvision pillow
-HAVE := import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "torchvision", "PIL"))))
+NEW := import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or later is needed: PY=/path/to/python make ...")
+HAVE := $(NEW); import importlib.util as u; sys.exit(not all(map(u.find_spec, ("torch", "torchvision", "PIL"))))
 PY ?= $(shell python3 -c '$(HAVE)' 2>/dev/null && echo python3 || echo .venv/bin/python)
 READY := $(if $(filter .venv/bin/python,$(PY)),.venv/ready)
 
-DRAW := $(PY) ddpm.py sample --ckpt assets/mnist.pt --out
+DRAW := $(PY) ddpm.py sample --ckpt assets/mnist.pt --seed 4 --out
 
-.PHONY: help sample train test test-slow bench assets clean
+.PHONY: help sample train test test-slow bench figures assets clean
 
 help:
 	@echo "make sample      draw a five and its film, with the newest run or the net that came along"
@@ -15,6 +16,7 @@ help:
 	@echo "make test        run the tests: offline, on the CPU, about a minute and a half"
 	@echo "make test-slow   run them with those that take minutes"
 	@echo "make bench       measure training rate, memory and start-up on this machine"
+	@echo "make figures     measure the README's figures that assets/figures.json lacks: up to two hours"
 	@echo "make assets      draw the pictures of the README again, with the net that came along"
 	@echo "make clean       remove pictures, caches and .venv, but no run and no data"
 
@@ -33,6 +35,9 @@ test-slow: $(READY)
 bench: $(READY)
 	BENCH=1 $(PY) -m unittest -q test_ddpm.Bench
 
+figures: $(READY)
+	FIGURES=1 $(PY) -m unittest -q test_ddpm.Figures
+
 assets: $(READY)
 	$(DRAW) assets/samples.png
 	$(DRAW) assets/digits.png --digit 0 1 2 3 4 5 6 7 8 9 --gif
@@ -42,9 +47,9 @@ assets: $(READY)
 	for w in 0 1 3 8; do $(DRAW) assets/guidance-$$w.png --guidance $$w --digit 2 3 5 8 --n 3; done
 	for k in 2 5 20; do $(DRAW) assets/steps-$$k.png --steps $$k --digit 2 3 5 8 --n 3; done
 	$(DRAW) assets/steps-1000.png --sampler ddpm --digit 2 3 5 8 --n 3
-	$(DRAW) assets/seven.png --digit 7 --seed 3
-	for s in 0 0.5 0.7 0.9; do $(DRAW) assets/restyle-$$s.png --init assets/seven.png --strength $$s \
-	  --digit 2 3 7 9; done
+	$(DRAW) assets/three.png --digit 3 --seed 6
+	for s in 0 0.6 0.75 0.85; do $(DRAW) assets/restyle-$$s.png --init assets/three.png --strength $$s \
+	  --digit 2 5 7 8 --guidance 3; done
 	for s in linear cosine sigmoid; do \
 	  $(PY) ddpm.py forward --dataset glyphs --schedule $$s --out assets/forward-$$s.png; done
 
@@ -53,6 +58,7 @@ clean:
 
 .venv/ready:
 	@echo "installing $(PACKAGES) into .venv: some minutes and GB, once"
+	@python3 -c '$(NEW)'
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet $(PACKAGES)
 	@touch $@

@@ -11,13 +11,12 @@
 
 The idea: mix a picture x0 with Gaussian noise eps, a little at t = 1, almost only noise at t = T
 (section 2). Train a net to tell the two apart again (3, 4). Then go from pure noise at T down to 0,
-each step towards what the net takes the picture to be (5). That is the method; the rest makes it a
-tool: pictures, data, checkpoints (6-8), training, evaluation, command line (9-11). Papers are named
-where they are used. Left out, because each would cost a reader more than it gives: learned
-variances and distillation (20 steps of dpm are few enough), latent spaces (digits are small), text
-(ten words need no language model). Licence: MIT.
+each step towards what the net takes the picture to be (5). That is the method; the rest makes a
+tool of it. Papers are named where they are used. Left out, because each would cost a reader more
+than it gives: learned variances and distillation (20 steps are few enough already), latent spaces
+(digits are small), text (the names of ten classes need no language model). Licence: MIT.
 """
-import argparse, contextlib, copy, inspect, itertools, math, os, re, shutil, signal, sys
+import argparse, contextlib, copy, inspect, itertools, math, os, shutil, signal, sys
 import time, types, warnings, zipfile
 from functools import partial
 from json import dumps
@@ -45,10 +44,18 @@ def require(condition, message):
     if not condition:
         raise Mistake(message)
 
+def stream(seed, i):
+    """The i-th random stream of a seed: a generator on the CPU, so that a seed gives the same
+    numbers on each device, and the same picture but for rounding. torch uses 32 bits of a seed
+    there; a large odd factor keeps the streams of nearby seeds apart."""
+    return torch.Generator().manual_seed((seed * 2654435761 + i) % 2**32)
+
 # ---- 2. The forward process: from picture to noise -----------------------------------------------
-# alpha_bar[t] is the picture's share of the variance of x_t: it falls from 1 to almost 0. The first
-# noise comes at t = 1, as in the papers. t = 0 is the picture: since alpha_bar[0] = 1, q_sample
-# gives x0 back there, and a sampler's last step, to t = 0, gives x0_hat, without special cases.
+# A step of noise is x_t = √(1-β_t)·x_{t-1} + √β_t·z, and a schedule is β_1..β_T, (T,). Of x_t's
+# variance the picture then has the share ᾱ_t, the product of all 1-β so far, here alpha_bar[t]: it
+# falls from 1 to almost 0. The first noise comes at t = 1, as in the papers; t = 0 is the picture.
+# Since alpha_bar[0] = 1, q_sample gives x0 back at t = 0, and a step of DDIM or DDPM to t = 0 gives
+# x0_hat, without a special case.
 def linear_betas(T):
     """β from 1e-4 to 0.02 (Ho et al. 2020, sec. 4), times 1000/T so that any T ends in noise."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
@@ -68,8 +75,9 @@ def sigmoid_betas(T, start=-3, end=3):
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas, "sigmoid": sigmoid_betas}
 
 def noise_schedule(schedule, T):
-    """ᾱ_t = (1-β_1)..(1-β_t) (Ho et al. 2020, eq. 4) for t = 0..T: (T+1,), ᾱ_0 = 1. β ≤ 0.999.
-    float64 and on the CPU: MPS has no float64, and 1-ᾱ_1 would lose its digits in float32."""
+    """ᾱ_t = (1-β_1)·..·(1-β_t) (Ho et al. 2020, eq. 4), t = 0..T: (T+1,), ᾱ_0 = 1. No β is above
+    0.999, since x0_from may divide by ᾱ_T. In float64, for the digits of 1-ᾱ_1, and therefore on
+    the CPU: Apple's MPS has no float64."""
     betas = SCHEDULES[schedule](T).clamp(max=0.999)
     return torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
 
@@ -80,13 +88,14 @@ def rates(alpha_bar, t, x):
 
 def q_sample(x0, t, eps, alpha_bar):
     """x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·eps (Ho et al. 2020, eq. 4): t steps of noise at once.
-    x0 (B,C,H,W) in [-1,1], eps like it, t (B,) int64 on the CPU, in 0..T, where 0 gives x0 back."""
+    x0 (B,C,H,W) in [-1,1], eps like it, t (B,), or (1,) for all, int64 on the CPU, in 0..T."""
     signal_rate, noise_rate = rates(alpha_bar, t, x0)
     return signal_rate * x0 + noise_rate * eps
 
 # ---- 3. Algorithm 1: the loss --------------------------------------------------------------------
-# Given x_t, any one of eps, v and x0 determines the other two. The net is asked for v by default:
-# in almost pure noise x_t is nearly eps, so that eps tells little of x0, but v is nearly -x0.
+# Given x_t, any one of eps, x0 and v, a mixture of the two, tells the others. v is the default: in
+# almost pure noise x_t is nearly eps, so knowing eps tells little of x0, but v is nearly -x0.
+PREDICTIONS = ("eps", "v", "x0")
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
 
 def target(predict, x0, eps, signal_rate, noise_rate):
@@ -104,14 +113,9 @@ def diffusion_loss(net, x0, y, t, eps, alpha_bar, predict="v", loss="huber"):
     out = net(q_sample(x0, t, eps, alpha_bar), t.to(x0.device), y)
     return LOSSES[loss](out.float(), target(predict, x0, eps, *rates(alpha_bar, t, x0)))
 
-def stream(seed, i):
-    """The i-th random stream of a seed: a generator on the CPU, so that all devices get the same
-    numbers. Only 32 bits of a seed count; a large odd factor keeps nearby seeds' streams apart."""
-    return torch.Generator().manual_seed((seed * 2654435761 + i) % 2**32)
-
 def logit_normal(u, mean=0.5, std=1.0):
-    """t/T ~ sigmoid(N(mean,std²)): more of the middle, where shapes form (Esser et al. 2024). The
-    inverse of its distribution function, by ndtri, that of the normal one."""
+    """t/T = sigmoid(a normal number): more of the middle, and of its noisy half, where shapes form
+    (Esser et al. 2024). ndtri makes the uniform u normal."""
     return torch.sigmoid(mean + std * torch.special.ndtri(u))
 
 # From u, uniform in 0..1, to t/T; "uniform" is every t equally often (Ho et al. 2020, alg. 1).
@@ -119,13 +123,13 @@ TIMESTEPS = {"logit-normal": logit_normal, "uniform": nn.Identity()}
 
 def training_batch(images, labels, step, *, batch_size, T, label_drop, seed,
                    timesteps="logit-normal"):
-    """Draw all that is random in a step from (seed, step) alone, so that resuming is exact.
+    """Draw all that is random in a step from (seed, step) alone: a resumed run goes on alike.
     images uint8 (N,C,H,W), labels (N,) -> x0 in [-1,1], y (B,), t (B,) in 1..T, eps like x0."""
     B, random = batch_size, stream(seed, step)
     index = torch.randint(len(images), (B,), generator=random).to(images.device)
     u = (torch.arange(B) + torch.rand(B, generator=random, dtype=torch.float64)) / B
     t = 1 + (TIMESTEPS[timesteps](u) * T).long().clamp(max=T - 1)    # u stratified: a steadier loss
-    drop = torch.rand(B, generator=random) < label_drop              # for guidance (section 5)
+    drop = torch.rand(B, generator=random) < label_drop              # guidance needs out_NULL too
     x0, y = images[index] / 127.5 - 1, labels[index].masked_fill(drop.to(labels.device), NULL)
     return x0, y, t, torch.randn(x0.shape, generator=random).to(x0.device)
 
@@ -174,8 +178,8 @@ class Attention(nn.Module):
 
 class UNet(nn.Module):
     """net(x, t, y) is eps, v or x0, shaped like x (B,channels,size,size). t (B,) in 1..T. y (B,) in
-    0..classes-1 or NULL (always, if there are no classes), or to mix labels their weights, floats
-    (B,classes+1), that of NULL last. Raises Mistake."""
+    0..classes-1 or NULL (always so without classes), or a mix of labels, floats (B,classes+1): a
+    weight for each, NULL's last. Raises Mistake."""
     def __init__(self, size=28, channels=1, classes=10, width=48):
         super().__init__()
         require(size % 4 == 0, f"the net takes squares with a side divisible by 4, not {size}")
@@ -205,77 +209,77 @@ class UNet(nn.Module):
 
 # ---- 5. Algorithm 2: sampling --------------------------------------------------------------------
 # One loop for all samplers: guess the picture, step towards the guess, look again from there.
-SAMPLERS = {"ddpm": (1.0, 1000), "ddim": (0.0, 50), "dpm": (0.0, 20)}     # eta, number of steps
-
 def predict_x0(net, x, t, *, y, alpha_bar, predict, guidance=1.0, threshold=None):
     """x0_hat from x_t (B,C,H,W) at one t in 1..T, clipped to [-1,1], where pictures lie.
-    Guidance w is out_NULL + w·(out_y - out_NULL): 0 no label, 1 the label, more overdoes it; w - 1
-    is the w of Ho & Salimans 2022, eq. 6. It acts where 0.02 < ᾱ < 0.7 (measured here), elsewhere
-    w = 1: near T it costs variety, near 0 it does nothing (Kynkäänniemi et al. 2024). A threshold
-    clips at s in place of 1, s that quantile of |x0_hat| but at least 1, and divides by s (Saharia
-    et al. 2022, sec. 2.3)."""
+    Guidance g is out_NULL + g·(out_y - out_NULL), where out_NULL is the answer without a label:
+    0 ignores the label, 1 follows it, 3 goes three times as far, to clearer digits of less variety
+    (Ho & Salimans 2022, eq. 6, with w = g - 1). All but 0 act where 0.02 < ᾱ < 0.7 and are 1 where
+    not: at t near T guidance costs variety, at t near 0 it does nothing (measured here; the idea is
+    Kynkäänniemi et al. 2024). With a threshold, s is that quantile of |x0_hat|, at least 1: x0_hat
+    is clipped to [-s,s], then divided by s (Saharia et al. 2022, sec. 2.3)."""
     times, null = torch.full((len(x),), t), torch.full((len(x),), NULL, device=x.device)
     out = net(x, times.to(x.device), y if guidance else null)
     if guidance not in (0, 1) and 0.02 < alpha_bar[t] < 0.7:
         out_null = net(x, times.to(x.device), null)
         out = out_null + guidance * (out - out_null)
-    x0_hat, s = x0_from(predict, out, x, *rates(alpha_bar, times, x)), 1
+    s, x0_hat = 1, x0_from(predict, out, x, *rates(alpha_bar, times, x))
     if threshold:                                    # quantile computes in float64: not on MPS
         s = x0_hat.abs().flatten(1).cpu().quantile(threshold, 1).clamp(1).view(-1, 1, 1, 1).to(x)
     return x0_hat.clamp(-s, s) / s
 
 def gaussian(shape, hands, device="cpu"):
-    """Noise (B,*shape): for each picture Σ w·z over its hand, a list of (stream, w), Σ w² = 1."""
-    noise = [sum(w * torch.randn(shape, generator=random) for random, w in hand) for hand in hands]
+    """Noise (B,*shape). A hand, as in handwriting, is what a picture's noise is: Σ w·z over a list
+    of (generator, w), Σ w² = 1. Pictures of one hand get the same noise."""
+    noise = [sum(w * torch.randn(shape, generator=own) for own, w in hand) for hand in hands]
     return torch.stack(noise).to(device)
 
 def ddim_step(x, x0_hat, alpha_bar_t, alpha_bar_next, eta, noise):
     """From x_t to x_next (B,C,H,W), given what x0 is taken to be (Song et al. 2021, eq. 12, 16):
     x_next = √ᾱ_next·x0_hat + √(1-ᾱ_next-σ²)·eps_hat + σ·z,
-    σ² = η²·(1-ᾱ_next)/(1-ᾱ_t)·(1-ᾱ_t/ᾱ_next). η = 0 adds no noise: DDIM. η = 1 is DDPM, for then σ²
-    is the variance of q(x_next | x_t, x0) (Ho et al. 2020, eq. 7). noise() is z."""
-    # The net's own eps does not fit a clipped x0_hat: only this one makes x_t together with it.
+    σ² = η²·(1-ᾱ_next)/(1-ᾱ_t)·(1-ᾱ_t/ᾱ_next). z = noise(). η = 0 adds no noise: DDIM. η = 1 is
+    DDPM, for then σ² is the variance of x_next given x_t and x0 (Ho et al. 2020, eq. 7)."""
+    # The net's own eps does not fit an x0_hat that was clipped; this one does: both make up x_t.
     eps_hat = (x - alpha_bar_t ** 0.5 * x0_hat) / (1 - alpha_bar_t) ** 0.5
     posterior = (1 - alpha_bar_next) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_next)
     sigma = eta * posterior ** 0.5
     x_next = alpha_bar_next ** 0.5 * x0_hat + (1 - alpha_bar_next - sigma ** 2) ** 0.5 * eps_hat
     return x_next + sigma * noise() if eta else x_next
 
+SAMPLERS = {"ddpm": (1.0, 1000), "ddim": (0.0, 50), "dpm": (0.0, 20)}     # eta, number of steps
+
 @torch.no_grad()
 def denoise(x0_at, x, ts, alpha_bar, noise, sampler="dpm", eta=None):
     """Algorithm 2 (Ho et al. 2020): yield x (B,C,H,W) at each t of the falling list ts, x first.
-    x0_at(x, t) is x0_hat, noise() is z. dpm is DPM-Solver++(2M) (Lu et al. 2022, alg. 2): a step of
-    DDIM, but towards `aim`, where x0_hat will be in the middle of the step, in λ, if it goes on
-    changing as it did over the last one."""
-    eta, x0_past = SAMPLERS[sampler][0] if eta is None else eta, None
-    lam = (alpha_bar.logit() / 2).tolist()           # λ = log(signal_rate/noise_rate), ∞ at t = 0
+    x0_at(x, t) is x0_hat. dpm is DPM-Solver++(2M) (Lu et al. 2022, alg. 2): a step of DDIM, but
+    towards `aim`: x0_hat, carried on along the line through its last two values for half a step of
+    λ = log(signal_rate/noise_rate). The first step has no value before it, and the last one, to
+    t = 0, an infinite λ: these two are plain DDIM."""
+    eta = SAMPLERS[sampler][0] if eta is None else eta
+    lam, x0_past = (alpha_bar.logit() / 2).tolist(), None
     yield x
     for t, t_next in itertools.pairwise(ts):
         x0_hat, h = x0_at(x, t), lam[t_next] - lam[t]
         aim = x0_hat
-        if sampler == "dpm" and x0_past is not None and t_next > 0:      # at t_next = 0, h = ∞
+        if sampler == "dpm" and x0_past is not None and t_next > 0:
             aim = x0_hat + h / 2 * (x0_hat - x0_past) / h_past
         x0_past, h_past = x0_hat, h
         x = ddim_step(x, aim, *alpha_bar[[t, t_next]].tolist(), eta, noise)
         yield x
 
-def draw(net, config, y, *, hands=None, x0=None, strength=None, frames=1, sampler="dpm", steps=None,
+def draw(net, config, y, *, hands=None, x0=None, start=1.0, frames=1, sampler="dpm", steps=None,
          eta=None, guidance=1.5, threshold=None, seed=0):
     """Draw a picture for each label of y (n,), or mix of labels (n,classes+1), 250 at a time: uint8
     (frames,n,C,H,W), the last frame the sample; fewer frames if there are fewer steps. Picture i
-    has its own noise, stream i, whoever its neighbours are, or that of hands[i] = {stream: w}. With
-    x0 (n,C,H,W) it starts from that, noised to t = strength·T, by default 0.6 (SDEdit, Meng et al.
-    2022). steps: at most T, by default that of SAMPLERS; eta too. guidance, threshold: as in
-    predict_x0. seed: of all that is random. Raises Mistake."""
+    has its own noise, stream i, whatever else is drawn, or that of hands[i] = {stream i: w}. With
+    start < 1 it starts from x0 (n,C,H,W), noised to t = start·T (SDEdit, Meng et al. 2022). steps
+    is at most T; steps and eta are by default those of SAMPLERS. Raises Mistake."""
     T, steps = config["T"], steps or min(config["T"], SAMPLERS[sampler][1])
     began, shape = time.perf_counter(), [config["net"][k] for k in ("channels", "size", "size")]
     require(steps <= T, f"--steps {steps}: this net knows T = {T} steps")
     require(eta is None or sampler == "ddim", f"--eta is for --sampler ddim, {sampler} has its own")
-    require(x0 is not None or strength is None, "--strength goes with --init")
-    strength = 1 if x0 is None else 0.6 if strength is None else strength
-    start, alpha_bar = round(strength * T), noise_schedule(config["schedule"], T)
-    ts = sorted({start * i // steps for i in range(steps + 1)}, reverse=True)     # evenly to 0
-    # Of the states at ts, the last is kept and others evenly back to the first, as many as frames.
+    t_start, alpha_bar = round(start * T), noise_schedule(config["schedule"], T)
+    ts = sorted({t_start * i // steps for i in range(steps + 1)}, reverse=True)     # evenly to 0
+    # The film keeps `frames` of the states at ts, evenly spaced, the last among them.
     kept = sorted({len(ts) - 1 - (len(ts) - 1) * i // max(1, frames - 1) for i in range(frames)})
     film, device = torch.empty(len(kept), len(y), *shape, dtype=torch.uint8), net.stem.weight.device
     for part in (slice(first, first + 250) for first in range(0, len(y), 250)):
@@ -286,8 +290,8 @@ def draw(net, config, y, *, hands=None, x0=None, strength=None, frames=1, sample
                         predict=config["predict"], threshold=threshold,
                         guidance=guidance if config["classes"] else 0)
         x = noise()
-        if start < T:
-            x = q_sample(x0[part].to(device), torch.tensor([start]), x, alpha_bar)
+        if t_start < T:
+            x = q_sample(x0[part].to(device), torch.tensor([t_start]), x, alpha_bar)
         for i, x in enumerate(denoise(x0_at, x, ts, alpha_bar, noise, sampler, eta)):
             if i in kept:
                 film[kept.index(i), part] = to_uint8(x).cpu()
@@ -295,9 +299,9 @@ def draw(net, config, y, *, hands=None, x0=None, strength=None, frames=1, sample
             status(drawn / len(y), began, f"{drawn:,.0f} of {len(y):,} pictures drawn")
     return film
 
-def morph_path(labels, classes, frames=24):
+def morph_path(labels, classes, frames):
     """Lead from label to label, and from more than two back to the first, each in frames steps: y
-    (n,classes+1) on a line, hands on a circle, cos·z_a + sin·z_b, for noise to stay normal."""
+    (n,classes+1) on a line, hands on a circle, cos·z_a + sin·z_b, whose variance stays 1."""
     one_hot, y, hands, legs = torch.eye(classes + 1), [], [], len(labels) if len(labels) > 2 else 1
     for leg, k in itertools.product(range(legs), range(frames + 1)):
         after, angle = (leg + 1) % len(labels), math.pi / 2 * k / frames
@@ -338,7 +342,7 @@ def write_pictures(out, images, columns, film=()):
     """Write pictures uint8 (n,C,H,W) as a grid of 100 rows at most, a PNG, and a film, (frames,n,C,
     H,W), as a GIF beside it, which loops: 80 ms a frame, 2 s for the last."""
     write(out, grid(images[:100 * columns], columns).save, format="PNG")
-    if len(film):                                    # Pillow joins equal frames, adding their times
+    if len(film):
         first, *others = [grid(frame, columns) for frame in film]
         write(Path(out).with_suffix(".gif"), first.save, format="GIF", save_all=True, loop=0,
               append_images=others, duration=[80] * len(others) + [2000])
@@ -354,7 +358,7 @@ def draw_curve(losses):
     return image
 
 def status(done, began, text=""):
-    """Show a text and the time left on stderr, at a share done in 0..1 of what began at that time:
+    """Show a text and the time left on stderr, given the share done, 0..1, since the time began:
     in a terminal a line that is redrawn, blanked at the end, else a new line every ten seconds."""
     terminal, now = sys.stderr.isatty(), time.perf_counter()
     width = shutil.get_terminal_size().columns - 1
@@ -372,7 +376,7 @@ def glyphs(root=None, train=True, download=False):
     """Digits in Pillow's own font, of many sizes, weights, places, slants and angles; no download.
     Like a torchvision set: data uint8 (n,28,28), targets, classes, n = 10,000, or 1,000 to test."""
     fonts, data = [ImageFont.load_default(size) for size in range(23, 32)], []
-    chances = torch.rand(10_000 if train else 1_000, 6, generator=stream(train, 0)).tolist()
+    chances = torch.rand(10_000 if train else 1_000, 6, generator=stream(int(train), 0)).tolist()
     for i, (size, weight, right, down, slant, turn) in enumerate(chances):
         image, k = Image.new("L", (28, 28)), 0.6 * slant - 0.3
         ImageDraw.Draw(image).text((12 + 4 * right, 12 + 4 * down), str(i % 10), 255, anchor="mm",
@@ -410,6 +414,7 @@ def folder(root, train=True, download=False, size=32):
     return types.SimpleNamespace(data=torch.stack(data).permute(0, 2, 3, 1), targets=targets,
                                  classes=classes)
 
+# name: function (root, train, download) to data uint8 (N,H,W) or (N,H,W,3), targets (N,), classes
 DATASETS = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST, "kmnist": datasets.KMNIST,
             "cifar10": datasets.CIFAR10, "glyphs": glyphs, "folder": folder}
 
@@ -421,6 +426,7 @@ def load_data(dataset, data="data", size=None, train=True):
             options = {"size": size} if dataset == "folder" and size else {}
             found = DATASETS[dataset](data, train=train, download=True, **options)
         images, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets)
+        labels = labels.view(len(labels), -1)[:, 0]                      # QMNIST has more columns
         if len(images) != len(labels) or not 0 <= labels.min() <= labels.max() < len(found.classes):
             raise ValueError("labels and pictures do not fit, is a file damaged?")
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
@@ -451,7 +457,9 @@ def read_pictures(path, channels, size):
     return torch.stack([pil_to_tensor(part) for part in parts]) / 127.5 - 1
 
 # ---- 8. Checkpoints ------------------------------------------------------------------------------
-# Tensors, numbers and strings only: loading runs no code. (seed, step) is all the random state.
+# A checkpoint has the settings, the step, the log, the net, its average ("ema") and the optimizers:
+# tensors, numbers and strings. To load these only (weights_only) runs no code. Random generators
+# are not in it: (seed, step) is all the random state.
 WEIGHTS = Path(__file__).with_name("assets") / "mnist.pt"
 
 def load(path, keys=("config", "step", "ema")):
@@ -471,10 +479,12 @@ def load_net(ckpt=None, device=None):
     path = ckpt or max(Path("runs").glob("*/ddpm.pt"), key=os.path.getmtime, default=WEIGHTS)
     checkpoint, device = load(path), pick_device(device)
     config = checkpoint["config"]
-    try:                                             # "classes": their number, and their names
-        known = {"dataset": DATASETS, "schedule": SCHEDULES, "predict": ["eps", "v", "x0"],
-                 "T": range(2, 100_001), "size": range(513), "classes": [len(config["classes"])]}
-        require(all((config | config["net"])[key] in known[key] for key in known), "not ours")
+    try:
+        known = {"dataset": DATASETS, "schedule": SCHEDULES, "predict": PREDICTIONS,
+                 "T": range(2, 100_001)}
+        require(all(config[key] in known[key] for key in known) and
+                config["net"]["size"] in range(513) and
+                config["net"]["classes"] == len(config["classes"]), "not ours")
         with torch.device("meta"):                   # takes no memory before all is known to fit
             net = UNet(**config["net"])
         net.load_state_dict(checkpoint["ema"], assign=True)
@@ -497,9 +507,9 @@ def pick_device(name=None):
 # Algorithm 1 until the budget is spent. An average of the weights over many steps draws best.
 @torch.no_grad()
 def update_average(averaged, net, step, ema):
-    """averaged += (1-d)·(net - averaged); d warms up, to forget the untrained net it starts as."""
-    decay = min(ema, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), 1 - decay)
+    """averaged += (1-ema)·(net - averaged). ema warms up, to forget the untrained net at first."""
+    ema = min(ema, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), 1 - ema)
 
 def orthogonal(matrix):
     """U·Vᵀ of a matrix U·S·Vᵀ (m,n), roughly: rounds of Newton-Schulz bring S to 0.7 .. 1.2."""
@@ -512,7 +522,7 @@ def orthogonal(matrix):
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, made orthogonal: a matrix learns its rare directions as fast as its common
     ones, which gives better digits per minute than AdamW (Jordan et al. 2024). As a step's singular
-    values are about 1 whatever the gradient, its rate is another: 10·lr."""
+    values are about 1 whatever the gradient, it takes a rate of its own: 10·lr."""
     @torch.no_grad()
     def step(self):
         for p in self.param_groups[0]["params"]:
@@ -538,7 +548,7 @@ def lock(folder):
     return file
 
 def agree(*values):
-    """The mean of each number over torchrun's processes: all of them get it, each waits for all."""
+    """The mean of each number over torchrun's processes: and they wait for each other."""
     if distributed.is_initialized():
         device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
         means = torch.tensor(values, dtype=torch.float64, device=device)
@@ -564,17 +574,15 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
           lr=2e-3, ema=0.999, label_drop=0.1, grad_clip=1.0, amp=False, compile=False, seed=0,
           resume=None):
     """Train a net and keep it in a folder: ddpm.pt, log.csv, loss.png and samples-STEP.png.
-
     By default ten minutes, on MNIST. The folder is written at the start, after each epoch (without
-    --epochs: each tenth of the budget), at the end and on Ctrl-C. The learning rate rises over 100
-    updates, then falls to 0 over the budget. Under torchrun each process takes its share of every
-    batch. resume is a checkpoint, from `load`. Returns the exit status. Raises Mistake, OSError.
-
+    --epochs: each tenth of the budget), at the end and on Ctrl-C. The learning rate warms up, then
+    falls to 0 over the budget. Under torchrun each process takes its share of every batch. resume
+    is a checkpoint, from `load`. Returns the exit status. Raises Mistake, OSError.
     Example: python ddpm.py train --minutes 3 --width 32"""
     flags = {k: v for k, v in locals().items() if k not in ("out", "device", "resume")}
     device, out = pick_device(device), Path(out or f"runs/{dataset}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    require((epochs, steps, minutes).count(None) > 1, "give one of --epochs, --steps, --minutes")
+    require((epochs, steps, minutes).count(None) > 1, "give one of --epochs, --steps and --minutes")
     require(batch_size % world == 0, f"--batch-size {batch_size} has no equal parts for {world}")
     require(dataset == "folder" or size is None, "--size is for --dataset folder")
     require(not amp or device.type in ("cpu", "cuda"), f"--amp is not for {device.type}")
@@ -603,14 +611,14 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     adamw = torch.optim.AdamW(outer, lr, fused=device.type != "mps")
     muon = Muon([{"params": inner}], {"lr": lr})
     parts = {"net": net, "ema": averaged, "adamw": adamw, "muon": muon}
-    own = lock(out) if rank == 0 else None           # as long as this function runs
+    locked = lock(out) if rank == 0 else None        # as long as this function runs
     if resume:
         step, log, began = resume["step"], resume["log"], time.perf_counter() - resume["seconds"]
         resume["adamw"]["param_groups"][0]["fused"] = device.type != "mps"
         for name, part in parts.items():
             part.load_state_dict(resume[name])
     images, labels, alpha_bar = images.to(device), labels.to(device), noise_schedule(schedule, T)
-    total = steps or (epochs or 0) * math.ceil(len(images) / batch_size)     # updates, 0: minutes
+    total = steps or (epochs or 0) * math.ceil(len(images) / batch_size)     # updates; 0: by time
     weights = sum(parameter.numel() for parameter in net.parameters())
     print(f"{weights:,} weights learn {len(images):,} pictures of {dataset} on {device}")
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
@@ -628,7 +636,6 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
         mark, stop = int(done * (epochs or 10) + 1e-6), stop or done == 1    # 1e-6: rounding
         if rank == 0 and (stop or mark != saved):    # at the start too: can it be written?
             saved = mark
-            status(1, began)
             save_run(out, {"format": "ddpm.py 1", "config": config, "flags": flags, "step": step,
                            "log": log, "seconds": seconds,
                            **{name: part.state_dict() for name, part in parts.items()}}, averaged)
@@ -643,10 +650,10 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
         net.zero_grad()
         error.backward()
         norm = nn.utils.clip_grad_norm_(net.parameters(), grad_clip or 1e30).item()
-        value, = agree(error.item())
+        [value] = agree(error.item())
         require(math.isfinite(value + norm), f"the loss is {value}, its gradient {norm:.3g} at "
                 f"step {step + 1}: resume with a lower --lr")
-        lr_now = lr * min(1, (step + 1) / 100) * (1 - done)
+        lr_now = lr * min(1, (step + 1) / 100) * (1 - done)              # 100 steps of warm-up
         with mixed:                                  # for the matrix products of Muon
             for optim in (adamw, muon):
                 optim.param_groups[0]["lr"] = lr_now
@@ -667,7 +674,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
 # A small classifier says whether samples are what was asked for, and how like real ones they look.
 def classifier(dataset, images, labels, classes, data):
     """A net that reads pictures, 64 features before its last layer: nn.Sequential. It learns once,
-    from images uint8 (N,C,H,W), 4·N of them, and is kept in the folder data."""
+    for four epochs of images uint8 (N,C,H,W), and is kept in the folder data."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(images.shape[1], 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
                         nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
@@ -678,7 +685,7 @@ def classifier(dataset, images, labels, classes, data):
     if path.exists() and (found := load(path, ["net"])).get("of") == of:
         net.load_state_dict(found["net"])
         return net
-    steps, began = max(1, len(images) // 16), time.perf_counter()
+    steps, began = max(1, 4 * len(images) // 64), time.perf_counter()
     optimizer = torch.optim.Adam(net.parameters())
     for step in range(steps):
         x0, y, _, _ = training_batch(images, labels, step, batch_size=64, T=2, label_drop=0, seed=0)
@@ -713,10 +720,8 @@ def rate(reader, images, labels, real):
 def evaluate(*, ckpt=None, dataset=None, data="data", n=None, raw=None, json=None, device=None,
              **drawing):
     """Rate samples: are they what was asked for, and do they look like the test set's pictures?
-
     The floor is what n real training pictures get. The distance is between features of our own
     small classifier, which has learned from those: not to be compared with an Inception-FID.
-
     Example: python ddpm.py evaluate --sampler ddim --steps 20 --json figures.json"""
     require(raw or dataset is None, "--dataset goes with --raw: a net knows its own")
     require(not raw or not (ckpt or n or drawing), "--raw is rated as it is: nothing is drawn")
@@ -745,15 +750,14 @@ def evaluate(*, ckpt=None, dataset=None, data="data", n=None, raw=None, json=Non
         right = "-" if row["right"] is None else f"{row['right']:.1%}"
         print(f"{name:12} {right:>10} {row['distance']:9.3f} {row['score']:6.3f}")
     if json:
-        figures = dumps({"n": n, **drawing, **table}, indent=1)
-        write(json, lambda file: file.write(figures.encode()))
+        write(json, lambda file: file.write(dumps({"n": n, **drawing, **table}, indent=1).encode()))
 
 # ---- 11. The command line ------------------------------------------------------------------------
-# Each command is a function, and an argument that FLAGS names is one of its flags.
-def sample(*, ckpt=None, digit=None, morph=None, style="free", init=None, n=None, gif=False,
-           out="samples.png", raw=None, device=None, **drawing):
+# Each command is a function, and its arguments are its flags, as far as FLAGS knows them. Those of
+# `draw` are flags of sample and evaluate too.
+def sample(*, ckpt=None, digit=None, morph=None, style="free", init=None, strength=None, n=None,
+           gif=False, out="samples.png", raw=None, device=None, **drawing):
     """Draw pictures with a trained net: a PNG, and on demand a GIF of how they come out of noise.
-
     Example: python ddpm.py sample --digit 2 0 2 6 --style same --n 6"""
     net, config = load_net(ckpt, device)
     names, asked = config["classes"], morph or digit or ()
@@ -761,15 +765,15 @@ def sample(*, ckpt=None, digit=None, morph=None, style="free", init=None, n=None
     for name in asked:
         require(name in names, f"{name}: this net knows {', '.join(names) or 'no labels'}")
     require(names or style == "free", "--style same is for a net that knows labels")
+    require(init or strength is None, "--strength goes with --init")
     require(not gif or (n or 1) <= 100, f"--gif shows 100 rows at most, not --n {n}")
     row = [names.index(name) for name in asked or names] or [NULL] * 10
     if morph:
-        require(not (digit or init or n or raw or style == "same"), "--morph goes without --digit, "
-                "--init, --n, --raw and --style")
-        require(len(row) > 1, "--morph leads from one class to another: name two or more")
-        y, drawing["hands"] = morph_path(row, len(names))
+        require(len(row) > 1 and not (digit or init or n or raw or style == "same"),
+                "--morph takes two classes or more, but no --digit, --init, --n, --raw or --style")
+        y, drawing["hands"] = morph_path(row, len(names), frames=24)
         images = draw(net, config, y, **drawing)[-1]
-        strip = images.unflatten(0, (-1, 25))[:, ::4].flatten(0, 1)      # a row for each leg
+        strip = images.unflatten(0, (-1, 24 + 1))[:, ::4].flatten(0, 1)  # a row for each leg
         return write_pictures(out, strip, 7, images[:, None])
     rows = n or (1 if digit else 10)
     if init:                                         # column k redraws picture k, or the only one
@@ -777,6 +781,7 @@ def sample(*, ckpt=None, digit=None, morph=None, style="free", init=None, n=None
         row = row * len(pictures) if len(row) == 1 else row
         require(len(pictures) <= len(row), f"{init} has {len(pictures)} digits, not {len(row)}")
         drawing["x0"] = pictures[torch.arange(len(row)) % len(pictures)].repeat(rows, 1, 1, 1)
+        drawing["start"] = 0.85 if strength is None else strength
     if style == "same":
         drawing["hands"] = [{hand: 1.0} for hand in range(rows) for _ in row]
     y = torch.tensor(row).repeat(rows)
@@ -787,7 +792,6 @@ def sample(*, ckpt=None, digit=None, morph=None, style="free", init=None, n=None
 
 def forward(*, dataset="mnist", data="data", schedule="cosine", T=1000, out="noise.png", gif=False):
     """Draw pictures on their way to noise: a row for each class, columns at t = 0, T/10 .. T.
-
     Example: python ddpm.py forward --schedule linear --gif"""
     images, labels, classes = load_data(dataset, data)
     firsts = [labels.tolist().index(k) for k in labels.unique().tolist()]
@@ -820,19 +824,18 @@ FLAGS = {  # group: {flag: (what it means, argparse's options)}; defaults stand 
     "diffusion": {
         "--T": ("number of noise steps", between(2, 100_000)),
         "--schedule": ("how the noise grows over them", {"choices": SCHEDULES}),
-        "--predict": ("what the net answers", {"choices": ["eps", "v", "x0"]}),
+        "--predict": ("what the net answers", {"choices": PREDICTIONS}),
         "--loss": ("how its error is measured", {"choices": LOSSES}),
         "--timesteps": ("how often it meets which t", {"choices": TIMESTEPS}),
         "--cond": ("whether it learns the labels", {"choices": ["class", "none"]}),
         "--label-drop": ("share of labels hidden, for guidance other than 1", between(0.0, 1.0))},
     "training": {
-        "--resume": ("go on with the run in --out; flags given now hold", SWITCH),
+        "--resume": ("go on with the run in --out; flags given now replace its own", SWITCH),
         "--minutes": ("budget of time, 10 if there is no other budget", between(0.01, 1e6)),
-        "--epochs": ("budget, in as many random pictures as the data has", between(1, 10**6)),
+        "--epochs": ("budget, each as many random pictures as the data has", between(1, 10**6)),
         "--width": ("channels of the finest maps, divisible by 8", between(8, 512)),
         "--batch-size": ("pictures an update, all processes together", between(1, 10**6)),
-        "--optimizer": ("muon for inner matrices, or adamw for all",
-                        {"choices": ["muon", "adamw"]}),
+        "--optimizer": ("muon for inner matrices, or only adamw", {"choices": ["muon", "adamw"]}),
         "--lr": ("learning rate at its highest", between(1e-9, 10.0)),
         "--ema": ("decay of the averaged weights", between(0.0, 0.999999)),
         "--grad-clip": ("longest gradient allowed, 0 for no limit", between(0.0, 1e9)),
@@ -841,11 +844,10 @@ FLAGS = {  # group: {flag: (what it means, argparse's options)}; defaults stand 
     "drawing": {
         "--digit": ("classes of a row, by default all", {"nargs": "+"}),
         "--morph": ("classes to turn one into the next, in a GIF and a strip", {"nargs": "+"}),
-        "--style": ("same: draw each row from one noise, in one hand",
-                    {"choices": ["free", "same"]}),
+        "--style": ("same: each row from one noise, in one hand", {"choices": ["free", "same"]}),
         "--init": ("picture to redraw: a digit, or a row of them", {}),
-        "--strength": ("share of T to noise --init by, 0.6 by default", between(0.0, 1.0)),
-        "--sampler": ("DDPM, DDIM or DPM-Solver++(2M)", {"choices": SAMPLERS}),
+        "--strength": ("share of T to noise --init by, 0.85 by default", between(0.0, 1.0)),
+        "--sampler": ("how it goes from noise to picture", {"choices": SAMPLERS}),
         "--eta": ("noise of ddim: 0 none, 1 as ddpm", between(0.0, 1.0)),
         "--guidance": ("0 ignores the label, 1 follows it, more exaggerates", between(0.0, 100.0)),
         "--threshold": ("quantile for dynamic thresholding, say 0.995", between(0.5, 1.0))},
@@ -859,7 +861,7 @@ ADVICE = {"memory": "(lower --batch-size, --width or --n)",
           "Read-only": "(--out names another place)", "denied": "(--out names another place)"}
 
 def main(argv=None):
-    """Run a command line. Returns the exit status: 2 for the user's mistake, 1 for any other."""
+    """Run a command line. Returns the exit status: 2 for the user's mistake, 1 for other errors."""
     argv = sys.argv[1:] if argv is None else argv
     options = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("ddpm.py", description=__doc__, **options)
@@ -869,22 +871,23 @@ def main(argv=None):
         arguments = dict(inspect.signature(function).parameters)
         if "drawing" in arguments:
             arguments = {**inspect.signature(draw).parameters, **arguments}
-        about, _, example = inspect.getdoc(function).rpartition("\n\n")
+        about, _, example = inspect.getdoc(function).rpartition("\n")
         command = commands.add_parser(
             function.__name__, help=about.split("\n")[0], description=about, epilog=example,
-            usage=f"ddpm.py {function.__name__} [flags]", argument_default=argparse.SUPPRESS,
-            **options)
+            usage="%(prog)s [flags]", argument_default=argparse.SUPPRESS, **options)
         command.set_defaults(function=function)
         command.error = parser.error = partial(require, False)           # raise Mistake, not exit
         for title, flags in FLAGS.items():
             group = command.add_argument_group(title)
             for flag, (text, kind) in flags.items():
-                argument = arguments.get(flag[2:].replace("-", "_"))
-                if argument:
+                if argument := arguments.get(flag[2:].replace("-", "_")):
                     known = argument.default is not None and argument.default is not False
                     text += f" ({argument.default})" if known else ""
                     group.add_argument(flag, help=text, **kind)
     try:
+        require(sys.version_info >= (3, 10) and hasattr(torch, "accelerator"),
+                f"Python 3.10 and torch 2.6 are needed, these are {sys.version.split()[0]} and "
+                f"{torch.__version__}")
         given = vars(parser.parse_args(argv))
         out = given.get("out", ".png")
         if int(os.environ.get("RANK", 0)):           # under torchrun the first process speaks
