@@ -430,8 +430,8 @@ def load_data(dataset, data="data", size=None, train=True):
         if len(images) != len(labels) or not 0 <= labels.min() <= labels.max() < len(found.classes):
             raise ValueError("labels and pictures do not fit, is a file damaged?")
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
-        raise OSError(f"{dataset} can't be read from {Path(data).resolve()} or downloaded to it "
-                      f"({error}): point --data to it, or try --dataset glyphs") from None
+        raise OSError(f"{dataset} can't be read from {Path(data).resolve()} or downloaded to it: "
+                      f"point --data to it, or try --dataset glyphs ({error})") from None
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     names = [name.split(" - ")[0].lower() for name in found.classes]     # MNIST has "0 - zero"
     return images, labels, found.classes if dataset == "folder" else names
@@ -473,10 +473,14 @@ def load(path, keys=("config", "step", "ema")):
         raise Mistake(f"{path} is not a file of this program, or not a whole one") from None
     return found
 
+def newest_run(name="*", default=None):
+    """The checkpoint runs/NAME/ddpm.pt that was written last, or the default."""
+    return max(Path("runs").glob(f"{name}/ddpm.pt"), key=os.path.getmtime, default=default)
+
 def load_net(ckpt=None, device=None):
     """The averaged net of a checkpoint, by default the newest run's, else the one that comes with
     this file: (net, config). Raises Mistake."""
-    path = ckpt or max(Path("runs").glob("*/ddpm.pt"), key=os.path.getmtime, default=WEIGHTS)
+    path = ckpt or newest_run(default=WEIGHTS)
     checkpoint, device = load(path), pick_device(device)
     config = checkpoint["config"]
     try:
@@ -830,7 +834,7 @@ FLAGS = {  # group: {flag: (what it means, argparse's options)}; defaults stand 
         "--cond": ("whether it learns the labels", {"choices": ["class", "none"]}),
         "--label-drop": ("share of labels hidden, for guidance other than 1", between(0.0, 1.0))},
     "training": {
-        "--resume": ("go on with the run in --out; flags given now replace its own", SWITCH),
+        "--resume": ("go on with the run in --out, or the newest; flags replace its own", SWITCH),
         "--minutes": ("budget of time, 10 if there is no other budget", between(0.01, 1e6)),
         "--epochs": ("budget, each as many random pictures as the data has", between(1, 10**6)),
         "--width": ("channels of the finest maps, divisible by 8", between(8, 512)),
@@ -894,7 +898,8 @@ def main(argv=None):
             sys.stdout, status.shown = None, math.inf
         require(given["function"] is train or out.endswith(".png"), f"--out {out}: not a .png")
         if "resume" in given:                        # as begun: the run's flags, then those given
-            out = given.get("out", f"runs/{given.get('dataset', 'mnist')}")
+            name = given.get("dataset", "*")
+            out = given.get("out", str(newest_run(name, Path("runs", name, "ddpm.pt")).parent))
             checkpoint = load(Path(out, "ddpm.pt"), ["flags", "net", "adamw", "muon"])
             begun = checkpoint["flags"]
             if given.keys() & {"epochs", "steps", "minutes"}:

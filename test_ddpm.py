@@ -1190,6 +1190,14 @@ class Training(Folder):
         run = torch.load("runs/glyphs/ddpm.pt", weights_only=True)
         self.assertEqual((run["step"], run["flags"]["lr"]), (4, 0.01))
 
+    def test_resume_alone_goes_on_with_the_newest_run(self):
+        self.train("--out", "runs/new")
+        self.train("--out", "runs/old")
+        os.utime("runs/old/ddpm.pt", (1, 1))
+        self.assertEqual(self.run_main("train --resume --steps 3")[0], 0)
+        self.assertEqual([ddpm.load(f"runs/{run}/ddpm.pt")["step"] for run in ("old", "new")], [2, 3])
+        self.refuses("no file runs/glyphs", "train --resume --dataset glyphs")
+
     def test_a_resumed_run_refuses_pictures_of_another_shape(self):
         self.train()
         large = ddpm.glyphs(train=False)
