@@ -6,7 +6,7 @@
 
     python ddpm.py sample --digit 5 --gif   draw a five, and the film of how it comes out of noise
     python ddpm.py train                    learn to draw MNIST digits: ten minutes on a laptop
-    python ddpm.py evaluate                 are they right, and do they look like MNIST?
+    python ddpm.py evaluate                 are its digits right, and do they look like MNIST's?
     python ddpm.py forward --gif            see digits turn into noise: what a schedule does
 
 The idea: mix a picture x0 with Gaussian noise eps, a little at t = 1, almost only noise at t = T
@@ -51,11 +51,11 @@ def stream(seed, i):
     return torch.Generator().manual_seed((seed * 2654435761 + i) % 2**32)
 
 # ---- 2. The forward process: from picture to noise -----------------------------------------------
-# A step of noise is x_t = √(1-β_t)·x_{t-1} + √β_t·z, and a schedule is β_1..β_T, (T,). Of x_t's
-# variance the picture then has the share ᾱ_t, the product of all 1-β so far, here alpha_bar[t]: it
-# falls from 1 to almost 0. The first noise comes at t = 1, as in the papers; t = 0 is the picture.
-# Since alpha_bar[0] = 1, q_sample gives x0 back at t = 0, and a step of DDIM or DDPM to t = 0 gives
-# x0_hat, without a special case.
+# A step of noise is x_t = √(1-β_t)·x_{t-1} + √β_t·z, z Gaussian; a schedule is the T numbers β_t.
+# All t steps at once are x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·eps, where ᾱ_t, here alpha_bar[t], is the product
+# of all 1-β so far and falls from 1 to almost 0. The first noise comes at t = 1, as in the papers;
+# t = 0 is the picture. Since alpha_bar[0] = 1, q_sample gives x0 back there, and a sampler's step
+# to t = 0 gives its guess of the picture (section 5), without a special case.
 def linear_betas(T):
     """β from 1e-4 to 0.02 (Ho et al. 2020, sec. 4), times 1000/T so that any T ends in noise."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
@@ -63,21 +63,21 @@ def linear_betas(T):
 def cosine_betas(T, s=0.008):
     """ᾱ(u) ∝ cos²(π/2·(u+s)/(1+s)), u = t/T (Nichol & Dhariwal 2021, eq. 17)."""
     u = torch.linspace(0, 1, T + 1, dtype=torch.float64)
-    alpha_bar = torch.cos(math.pi / 2 * (u + s) / (1 + s)) ** 2
-    return 1 - alpha_bar[1:] / alpha_bar[:-1]
+    curve = torch.cos(math.pi / 2 * (u + s) / (1 + s)) ** 2
+    return 1 - curve[1:] / curve[:-1]
 
 def sigmoid_betas(T, start=-3, end=3):
     """ᾱ(u) ∝ sigmoid(end) - sigmoid(start + u·(end-start)), u = t/T (Jabri et al. 2022, fig. 8)."""
     logit = torch.linspace(start, end, T + 1, dtype=torch.float64)
-    alpha_bar = logit[-1].sigmoid() - logit.sigmoid()
-    return 1 - alpha_bar[1:] / alpha_bar[:-1]
+    curve = logit[-1].sigmoid() - logit.sigmoid()
+    return 1 - curve[1:] / curve[:-1]
 
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas, "sigmoid": sigmoid_betas}
 
 def noise_schedule(schedule, T):
     """ᾱ_t = (1-β_1)·..·(1-β_t) (Ho et al. 2020, eq. 4), t = 0..T: (T+1,), ᾱ_0 = 1. No β is above
-    0.999, since x0_from may divide by ᾱ_T. In float64, for the digits of 1-ᾱ_1, and therefore on
-    the CPU: Apple's MPS has no float64."""
+    0.999, lest ᾱ_T be 0: x0_from may divide by its root. In float64, for 1-ᾱ_1 is tiny, and
+    therefore on the CPU: Apple's MPS has no float64."""
     betas = SCHEDULES[schedule](T).clamp(max=0.999)
     return torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
 
@@ -93,8 +93,9 @@ def q_sample(x0, t, eps, alpha_bar):
     return signal_rate * x0 + noise_rate * eps
 
 # ---- 3. Algorithm 1: the loss --------------------------------------------------------------------
-# Given x_t, any one of eps, x0 and v, a mixture of the two, tells the others. v is the default: in
-# almost pure noise x_t is nearly eps, so knowing eps tells little of x0, but v is nearly -x0.
+# Given x_t, any one of eps, x0 and their mixture v tells the other two. v is the default: in almost
+# pure noise x_t is nearly eps, so eps tells little of x0, but v is nearly -x0; and in almost no
+# noise x0 tells little of eps, but v is nearly eps.
 PREDICTIONS = ("eps", "v", "x0")
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
 
@@ -114,7 +115,7 @@ def diffusion_loss(net, x0, y, t, eps, alpha_bar, predict="v", loss="huber"):
     return LOSSES[loss](out.float(), target(predict, x0, eps, *rates(alpha_bar, t, x0)))
 
 def logit_normal(u, mean=0.5, std=1.0):
-    """t/T = sigmoid(a normal number): more of the middle, and of its noisy half, where shapes form
+    """t/T = sigmoid(a normal number): more of the middle, most on its noisy side, where shapes form
     (Esser et al. 2024). ndtri makes the uniform u normal."""
     return torch.sigmoid(mean + std * torch.special.ndtri(u))
 
@@ -180,7 +181,7 @@ class UNet(nn.Module):
     """net(x, t, y) is eps, v or x0, shaped like x (B,channels,size,size). t (B,) in 1..T. y (B,) in
     0..classes-1 or NULL (always so without classes), or a mix of labels, floats (B,classes+1): a
     weight for each, NULL's last. Raises Mistake."""
-    def __init__(self, size=28, channels=1, classes=10, width=48):
+    def __init__(self, size=28, channels=1, classes=10, width=32):
         super().__init__()
         require(size % 4 == 0, f"the net takes squares with a side divisible by 4, not {size}")
         require(width % 8 == 0, f"--width {width}: it has to be divisible by 8")
@@ -211,12 +212,13 @@ class UNet(nn.Module):
 # One loop for all samplers: guess the picture, step towards the guess, look again from there.
 def predict_x0(net, x, t, *, y, alpha_bar, predict, guidance=1.0, threshold=None):
     """x0_hat from x_t (B,C,H,W) at one t in 1..T, clipped to [-1,1], where pictures lie.
-    Guidance g is out_NULL + g·(out_y - out_NULL), where out_NULL is the answer without a label:
-    0 ignores the label, 1 follows it, 3 goes three times as far, to clearer digits of less variety
-    (Ho & Salimans 2022, eq. 6, with w = g - 1). All but 0 act where 0.02 < ᾱ < 0.7 and are 1 where
-    not: at t near T guidance costs variety, at t near 0 it does nothing (measured here; the idea is
-    Kynkäänniemi et al. 2024). With a threshold, s is that quantile of |x0_hat|, at least 1: x0_hat
-    is clipped to [-s,s], then divided by s (Saharia et al. 2022, sec. 2.3)."""
+    With guidance g the answer is out_NULL + g·(out_y - out_NULL), out_NULL being that without a
+    label: 0 ignores the label, 1 follows it, 3 goes three times as far, to clearer digits of less
+    variety (Ho & Salimans 2022, eq. 6, with w = g - 1). A g other than 0 counts where
+    0.02 < ᾱ < 0.7 and is 1 elsewhere: near T guidance costs variety, near t = 0 it does nothing
+    (measured here; the idea is Kynkäänniemi et al. 2024). With a threshold, s is that quantile of
+    |x0_hat|, at least 1: x0_hat is clipped to [-s,s], then divided by s (Saharia et al. 2022, sec.
+    2.3)."""
     times, null = torch.full((len(x),), t), torch.full((len(x),), NULL, device=x.device)
     out = net(x, times.to(x.device), y if guidance else null)
     if guidance not in (0, 1) and 0.02 < alpha_bar[t] < 0.7:
@@ -228,9 +230,9 @@ def predict_x0(net, x, t, *, y, alpha_bar, predict, guidance=1.0, threshold=None
     return x0_hat.clamp(-s, s) / s
 
 def gaussian(shape, hands, device="cpu"):
-    """Noise (B,*shape). A hand, as in handwriting, is what a picture's noise is: Σ w·z over a list
-    of (generator, w), Σ w² = 1. Pictures of one hand get the same noise."""
-    noise = [sum(w * torch.randn(shape, generator=own) for own, w in hand) for hand in hands]
+    """Noise (B,*shape). A hand, as in handwriting, makes a picture's noise: Σ w·z over its pairs
+    (generator, w), Σ w² = 1. Pictures of one hand get the same noise."""
+    noise = [sum(w * torch.randn(shape, generator=one) for one, w in hand) for hand in hands]
     return torch.stack(noise).to(device)
 
 def ddim_step(x, x0_hat, alpha_bar_t, alpha_bar_next, eta, noise):
@@ -238,7 +240,7 @@ def ddim_step(x, x0_hat, alpha_bar_t, alpha_bar_next, eta, noise):
     x_next = √ᾱ_next·x0_hat + √(1-ᾱ_next-σ²)·eps_hat + σ·z,
     σ² = η²·(1-ᾱ_next)/(1-ᾱ_t)·(1-ᾱ_t/ᾱ_next). z = noise(). η = 0 adds no noise: DDIM. η = 1 is
     DDPM, for then σ² is the variance of x_next given x_t and x0 (Ho et al. 2020, eq. 7)."""
-    # The net's own eps does not fit an x0_hat that was clipped; this one does: both make up x_t.
+    # Not the net's own eps: x0_hat was clipped (and moved, by dpm); both together have to make x_t.
     eps_hat = (x - alpha_bar_t ** 0.5 * x0_hat) / (1 - alpha_bar_t) ** 0.5
     posterior = (1 - alpha_bar_next) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_next)
     sigma = eta * posterior ** 0.5
@@ -251,8 +253,8 @@ SAMPLERS = {"ddpm": (1.0, 1000), "ddim": (0.0, 50), "dpm": (0.0, 20)}     # eta,
 def denoise(x0_at, x, ts, alpha_bar, noise, sampler="dpm", eta=None):
     """Algorithm 2 (Ho et al. 2020): yield x (B,C,H,W) at each t of the falling list ts, x first.
     x0_at(x, t) is x0_hat. dpm is DPM-Solver++(2M) (Lu et al. 2022, alg. 2): a step of DDIM, but
-    towards `aim`: x0_hat, carried on along the line through its last two values for half a step of
-    λ = log(signal_rate/noise_rate). The first step has no value before it, and the last one, to
+    towards `aim`: x0_hat, carried on along the line through its last two values for half a step h
+    of λ = log(signal_rate/noise_rate). The first step has no value before it, and the last one, to
     t = 0, an infinite λ: these two are plain DDIM."""
     eta = SAMPLERS[sampler][0] if eta is None else eta
     lam, x0_past = (alpha_bar.logit() / 2).tolist(), None
@@ -270,7 +272,7 @@ def draw(net, config, y, *, hands=None, x0=None, start=1.0, frames=1, sampler="d
          eta=None, guidance=1.5, threshold=None, seed=0):
     """Draw a picture for each label of y (n,), or mix of labels (n,classes+1), 250 at a time: uint8
     (frames,n,C,H,W), the last frame the sample; fewer frames if there are fewer steps. Picture i
-    has its own noise, stream i, whatever else is drawn, or that of hands[i] = {stream i: w}. With
+    has its own noise, stream i, whatever else is drawn, or that of hands[i], {stream: w}. With
     start < 1 it starts from x0 (n,C,H,W), noised to t = start·T (SDEdit, Meng et al. 2022). steps
     is at most T; steps and eta are by default those of SAMPLERS. Raises Mistake."""
     T, steps = config["T"], steps or min(config["T"], SAMPLERS[sampler][1])
@@ -283,8 +285,8 @@ def draw(net, config, y, *, hands=None, x0=None, start=1.0, frames=1, sampler="d
     kept = sorted({len(ts) - 1 - (len(ts) - 1) * i // max(1, frames - 1) for i in range(frames)})
     film, device = torch.empty(len(kept), len(y), *shape, dtype=torch.uint8), net.stem.weight.device
     for part in (slice(first, first + 250) for first in range(0, len(y), 250)):
-        own = [hands[i] if hands else {i: 1.0} for i in range(len(y))[part]]
-        streams = [[(stream(seed, i), w) for i, w in hand.items()] for hand in own]
+        mixes = [hands[i] if hands else {i: 1.0} for i in range(len(y))[part]]
+        streams = [[(stream(seed, i), w) for i, w in mix.items()] for mix in mixes]
         noise = partial(gaussian, shape, streams, device)
         x0_at = partial(predict_x0, net, y=y[part].to(device), alpha_bar=alpha_bar,
                         predict=config["predict"], threshold=threshold,
@@ -300,9 +302,10 @@ def draw(net, config, y, *, hands=None, x0=None, start=1.0, frames=1, sampler="d
     return film
 
 def morph_path(labels, classes, frames):
-    """Lead from label to label, and from more than two back to the first, each in frames steps: y
-    (n,classes+1) on a line, hands on a circle, cos·z_a + sin·z_b, whose variance stays 1."""
-    one_hot, y, hands, legs = torch.eye(classes + 1), [], [], len(labels) if len(labels) > 2 else 1
+    """The way from each label to the next, and from the last of three or more to the first, each in
+    `frames` steps: y (n,classes+1) on a line, hands on a circle, cos·z_a + sin·z_b (variance 1)."""
+    legs = len(labels) if len(labels) > 2 else 1
+    one_hot, y, hands = torch.eye(classes + 1), [], []
     for leg, k in itertools.product(range(legs), range(frames + 1)):
         after, angle = (leg + 1) % len(labels), math.pi / 2 * k / frames
         y.append(torch.lerp(one_hot[labels[leg]], one_hot[labels[after]], k / frames))
@@ -317,7 +320,9 @@ def to_uint8(x):
 
 def write(path, save, **options):
     """Write a file, whole or not at all, by save(file, **options), and print its path."""
-    path, part = Path(path), Path(f"{path}.{os.getpid()}.part")
+    shown, path = path, Path(path).resolve()         # what a link leads to, not the link
+    part = Path(f"{path}.{os.getpid()}.part")
+    require(path.is_file() or not path.exists(), f"{shown} is no ordinary file")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
@@ -329,9 +334,10 @@ def write(path, save, **options):
         part.unlink(missing_ok=True)                 # if it failed
     if os.name == "posix":                           # lest a power cut undo the renaming
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+        with contextlib.suppress(OSError):           # which not every file system can
+            os.fsync(folder)
         os.close(folder)
-    print(path, flush=True)
+    print(shown, flush=True)
 
 def grid(images, columns):
     """Lay pictures uint8 (n,C,H,W) out in rows: a PIL image, enlarged by a whole factor."""
@@ -391,6 +397,8 @@ def open_picture(path, mode="RGB"):
     try:
         with Image.open(path) as file:
             picture = ImageOps.exif_transpose(file)
+            if picture.mode[0] == "I":               # 16 bits, which Pillow would clip, not scale
+                picture = picture.convert("I").point(lambda level: level * (1 / 256))
             picture = picture.convert("L" if picture.mode[0] in "IF" else "RGBA").convert("RGBA")
             paper = Image.new("RGBA", picture.size, "white")
             return Image.alpha_composite(paper, picture).convert(mode)
@@ -400,19 +408,19 @@ def open_picture(path, mode="RGB"):
 def folder(root, train=True, download=False, size=32):
     """Your own pictures, root/CLASS/*, cropped to squares, every tenth kept for testing. Like a
     torchvision set: data uint8 (n,size,size,3), targets, classes."""
-    classes = sorted(path.name for path in Path(root).iterdir() if path.is_dir())
     files, kept = [path for path in sorted(Path(root).glob("*/**/*")) if path.is_file()], []
     for path in files:                               # not ImageFolder: it follows links in circles
         try:
             picture = ImageOps.fit(open_picture(path), (size, size))
-            kept.append((pil_to_tensor(picture), classes.index(path.relative_to(root).parts[0])))
+            kept.append((pil_to_tensor(picture), path.relative_to(root).parts[0]))
         except Mistake as error:
             print(f"skipped: {error}", file=sys.stderr)
     require(len(kept) > 1, f"too few pictures in {root}/CLASS/*: --data names the folder")
     print(f"{len(kept)} pictures in {root}, {len(files) - len(kept)} skipped", file=sys.stderr)
-    data, targets = zip(*[one for i, one in enumerate(kept) if (i % 10 > 0) == train])
-    return types.SimpleNamespace(data=torch.stack(data).permute(0, 2, 3, 1), targets=targets,
-                                 classes=classes)
+    classes = sorted({name for _, name in kept})
+    data, names = zip(*[one for i, one in enumerate(kept) if (i % 10 > 0) == train])
+    return types.SimpleNamespace(data=torch.stack(data).permute(0, 2, 3, 1), classes=classes,
+                                 targets=[classes.index(name) for name in names])
 
 # name: function (root, train, download) to data uint8 (N,H,W) or (N,H,W,3), targets (N,), classes
 DATASETS = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST, "kmnist": datasets.KMNIST,
@@ -426,7 +434,7 @@ def load_data(dataset, data="data", size=None, train=True):
             options = {"size": size} if dataset == "folder" and size else {}
             found = DATASETS[dataset](data, train=train, download=True, **options)
         images, labels = torch.as_tensor(found.data), torch.as_tensor(found.targets)
-        labels = labels.view(len(labels), -1)[:, 0]                      # QMNIST has more columns
+        labels = labels.view(len(labels), -1)[:, 0]                      # QMNIST: class first
         if len(images) != len(labels) or not 0 <= labels.min() <= labels.max() < len(found.classes):
             raise ValueError("labels and pictures do not fit, is a file damaged?")
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
@@ -457,9 +465,9 @@ def read_pictures(path, channels, size):
     return torch.stack([pil_to_tensor(part) for part in parts]) / 127.5 - 1
 
 # ---- 8. Checkpoints ------------------------------------------------------------------------------
-# A checkpoint has the settings, the step, the log, the net, its average ("ema") and the optimizers:
-# tensors, numbers and strings. To load these only (weights_only) runs no code. Random generators
-# are not in it: (seed, step) is all the random state.
+# A checkpoint has the settings, the step, the time spent, the log, the net, its average ("ema") and
+# the optimizers: tensors, numbers and strings. torch.load takes nothing else (weights_only), so no
+# file can run code. Random generators are not in it: (seed, step) is all the random state.
 WEIGHTS = Path(__file__).with_name("assets") / "mnist.pt"
 
 def load(path, keys=("config", "step", "ema")):
@@ -511,7 +519,7 @@ def pick_device(name=None):
 # Algorithm 1 until the budget is spent. An average of the weights over many steps draws best.
 @torch.no_grad()
 def update_average(averaged, net, step, ema):
-    """averaged += (1-ema)·(net - averaged). ema warms up, to forget the untrained net at first."""
+    """averaged += (1-ema)·(net - averaged). ema starts at 0.1, to forget the untrained net soon."""
     ema = min(ema, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), 1 - ema)
 
@@ -552,8 +560,8 @@ def lock(folder):
     return file
 
 def agree(*values):
-    """The mean of each number over torchrun's processes: and they wait for each other."""
-    if distributed.is_initialized():
+    """The mean of each number over torchrun's processes, which wait for each other here."""
+    if distributed.is_available() and distributed.is_initialized():
         device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
         means = torch.tensor(values, dtype=torch.float64, device=device)
         distributed.all_reduce(means)
@@ -573,16 +581,16 @@ def save_run(out, checkpoint, net):
     print(f"step {step:,}: {out}/ddpm.pt, log.csv, loss.png, samples-{step:06}.png", flush=True)
 
 def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1000,
-          schedule="cosine", predict="v", loss="huber", cond="class", width=48, epochs=None,
+          schedule="cosine", predict="v", loss="huber", cond="class", width=32, epochs=None,
           steps=None, minutes=None, batch_size=64, timesteps="logit-normal", optimizer="muon",
           lr=2e-3, ema=0.999, label_drop=0.1, grad_clip=1.0, amp=False, compile=False, seed=0,
           resume=None):
     """Train a net and keep it in a folder: ddpm.pt, log.csv, loss.png and samples-STEP.png.
     By default ten minutes, on MNIST. The folder is written at the start, after each epoch (without
     --epochs: each tenth of the budget), at the end and on Ctrl-C. The learning rate warms up, then
-    falls to 0 over the budget. Under torchrun each process takes its share of every batch. resume
-    is a checkpoint, from `load`. Returns the exit status. Raises Mistake, OSError.
-    Example: python ddpm.py train --minutes 3 --width 32"""
+    falls to 0 over the budget. Under torchrun each process takes its share of every batch.
+    Example: python ddpm.py train --minutes 60 --width 64"""
+    # resume: a checkpoint, from `load`. Returns the exit status. Raises Mistake and OSError.
     flags = {k: v for k, v in locals().items() if k not in ("out", "device", "resume")}
     device, out = pick_device(device), Path(out or f"runs/{dataset}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -608,7 +616,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     torch.manual_seed(seed)
     net = UNet(**config["net"]).to(device)
     averaged, step, log, began = copy.deepcopy(net), 0, [], time.perf_counter()
-    # Muon is for matrices between hidden layers, AdamW for input, output, embeddings and vectors.
+    # Muon is for matrices between hidden layers, AdamW for input, output, time, label and vectors.
     inner = [p for name, p in net.named_parameters() if p.ndim > 1 and optimizer == "muon"
              and not name.startswith(("stem", "time", "label", "last"))]
     outer = [p for p in net.parameters() if all(p is not q for q in inner)]
@@ -638,7 +646,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
         done = min(1, step / total if total else seconds / 60 / (minutes or 10))
         done, stop = agree(done, len(ended))         # a signal to one process ends all
         mark, stop = int(done * (epochs or 10) + 1e-6), stop or done == 1    # 1e-6: rounding
-        if rank == 0 and (stop or mark != saved):    # at the start too: can it be written?
+        if rank == 0 and (stop or mark != saved):    # at the start too, lest it fail later
             saved = mark
             save_run(out, {"format": "ddpm.py 1", "config": config, "flags": flags, "step": step,
                            "log": log, "seconds": seconds,
@@ -729,26 +737,27 @@ def evaluate(*, ckpt=None, dataset=None, data="data", n=None, raw=None, json=Non
     Example: python ddpm.py evaluate --sampler ddim --steps 20 --json figures.json"""
     require(raw or dataset is None, "--dataset goes with --raw: a net knows its own")
     require(not raw or not (ckpt or n or drawing), "--raw is rated as it is: nothing is drawn")
-    require(n != 1, "--n 1 has no spread: rate two or more")
     device = pick_device(device)
     if raw:
-        saved, dataset = load(raw, ["images", "labels"]), dataset or "mnist"
-        images, labels = saved["images"], saved["labels"]
-        n, size = len(labels), images.shape[-1]
+        saved = load(raw, ["images", "labels"])
+        images, labels, dataset = saved["images"], saved["labels"], dataset or saved.get("dataset")
+        n, size, dataset = len(labels), images.shape[-1], dataset or "mnist"
     else:
         net, config = load_net(ckpt, device)
         n, dataset, size = n or 1000, config["dataset"], config["net"]["size"]
     real, truth, classes = load_data(dataset, data, size)
+    test = load_data(dataset, data, size, train=False)[0]
+    require(min(n, len(test)) > 1, "one picture has no spread: rate two or more")
+    require(raw or config["classes"] in ([], classes), f"{data} has other classes than this net")
     pick = torch.randint(len(real), (n,), generator=stream(0, 0))
     if not raw:
         labels = truth[pick] if config["classes"] else torch.full_like(pick, NULL)
         images = draw(net, config, labels, **drawing)[-1]
     require(images.shape[1:] == real.shape[1:], f"{raw} has another size than {dataset}")
-    device = "cpu" if device.type == "mps" else device   # which can't pool 7x7 to 4x4
+    device = "cpu" if device.type == "mps" else device   # MPS can't pool 7x7 to 4x4
     reader = classifier(dataset, real.to(device), truth.to(device), classes, data)
-    test = load_data(dataset, data, size, train=False)[0].to(device)
-    table = {"samples": rate(reader, images, labels, test),
-             "floor": rate(reader, real[pick], truth[pick], test)}
+    table = {"samples": rate(reader, images, labels, test.to(device)),
+             "floor": rate(reader, real[pick], truth[pick], test.to(device))}
     print(f"n = {n:<8,} read right  distance  score   (our own features: no Inception-FID)")
     for name, row in table.items():
         right = "-" if row["right"] is None else f"{row['right']:.1%}"
@@ -792,7 +801,8 @@ def sample(*, ckpt=None, digit=None, morph=None, style="free", init=None, streng
     film = draw(net, config, y, frames=40 if gif else 1, **drawing)
     write_pictures(out, film[-1], len(row), film if gif else ())
     if raw:
-        write(raw, partial(torch.save, {"format": "ddpm.py 1", "images": film[-1], "labels": y}))
+        write(raw, partial(torch.save, {"format": "ddpm.py 1", "images": film[-1], "labels": y,
+                                          "dataset": config["dataset"]}))
 
 def forward(*, dataset="mnist", data="data", schedule="cosine", T=1000, out="noise.png", gif=False):
     """Draw pictures on their way to noise: a row for each class, columns at t = 0, T/10 .. T.
@@ -822,7 +832,7 @@ FLAGS = {  # group: {flag: (what it means, argparse's options)}; defaults stand 
         "--ckpt": ("checkpoint, by default the newest runs/*/ddpm.pt, else assets/mnist.pt", {}),
         "--out": ("the PNG; for train the folder, runs/DATASET", {}),
         "--gif": ("write a GIF of the whole way too", SWITCH),
-        "--raw": ("a .pt of {images: uint8 (n,C,H,W), labels: int64 (n,)}, to write or rate", {}),
+        "--raw": ("a .pt of images, uint8 (n,C,H,W), and labels (n,), to write or rate", {}),
         "--json": ("file to write the figures to", {}),
         "--device": ("cpu, cuda, cuda:1, mps; by default the best there is", {})},
     "diffusion": {
@@ -844,7 +854,7 @@ FLAGS = {  # group: {flag: (what it means, argparse's options)}; defaults stand 
         "--ema": ("decay of the averaged weights", between(0.0, 0.999999)),
         "--grad-clip": ("longest gradient allowed, 0 for no limit", between(0.0, 1e9)),
         "--amp": ("bfloat16 where it is quick (cpu, cuda)", TOGGLE),
-        "--compile": ("torch.compile, needs a C++ compiler", SWITCH)},
+        "--compile": ("torch.compile, needs a C++ compiler", TOGGLE)},
     "drawing": {
         "--digit": ("classes of a row, by default all", {"nargs": "+"}),
         "--morph": ("classes to turn one into the next, in a GIF and a strip", {"nargs": "+"}),
