@@ -100,11 +100,12 @@ PREDICTIONS = ("eps", "v", "x0")
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
 
 def target(predict, x0, eps, signal_rate, noise_rate):
-    """The right answer: eps, x0, or v = √ᾱ·eps - √(1-ᾱ)·x0 (Salimans & Ho 2022, sec. 4)."""
+    """The right answer, (B,C,H,W): eps, x0, or v = √ᾱ·eps - √(1-ᾱ)·x0 (Salimans & Ho 2022, sec. 4).
+    The rates are (B,1,1,1), from `rates`."""
     return {"eps": eps, "v": signal_rate * eps - noise_rate * x0, "x0": x0}[predict]
 
 def x0_from(predict, out, x, signal_rate, noise_rate):
-    """`target` solved for x0: the picture that follows from the net's answer `out` to x = x_t."""
+    """`target` solved for x0: the picture (B,C,H,W) that follows from the net's answer to x_t."""
     return {"eps": (x - noise_rate * out) / signal_rate,
             "v": signal_rate * x - noise_rate * out, "x0": out}[predict]
 
@@ -599,7 +600,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     require(dataset == "folder" or size is None, "--size is for --dataset folder")
     require(not amp or device.type in ("cpu", "cuda"), f"--amp is not for {device.type}")
     require(resume or not (out / "ddpm.pt").exists(),
-            f"{out}/ddpm.pt exists: --resume goes on with it, --out names another folder")
+            f"{out}/ddpm.pt exists: --resume --out {out} goes on with it, else name another --out")
     if world > 1:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     for turn in range(world):                        # one after the other: the first may download
@@ -741,7 +742,10 @@ def evaluate(*, ckpt=None, dataset=None, data="data", n=None, raw=None, json=Non
     if raw:
         saved = load(raw, ["images", "labels"])
         images, labels, dataset = saved["images"], saved["labels"], dataset or saved.get("dataset")
-        n, size, dataset = len(labels), images.shape[-1], dataset or "mnist"
+        dataset, tensors = dataset or "mnist", torch.is_tensor(images) and torch.is_tensor(labels)
+        require(tensors and images.ndim == 4 and labels.shape == images.shape[:1] and
+                dataset in list(DATASETS), f"{raw} has no pictures with labels of a known data set")
+        n, size = len(labels), images.shape[-1]
     else:
         net, config = load_net(ckpt, device)
         n, dataset, size = n or 1000, config["dataset"], config["net"]["size"]

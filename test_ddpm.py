@@ -1387,6 +1387,9 @@ class Evaluation(Folder):
                            20 * figures["real"]["samples"]["distance"])
         torch.save(saved | {"images": noise[:, :, :16, :16]}, "small.pt")
         self.refuses("another size", "evaluate --dataset glyphs --data . --raw small.pt")
+        for odd in ({"images": "no"}, {"labels": labels[:7]}, {"dataset": "x"}, {"dataset": ["x"]}):
+            torch.save(saved | odd, "odd.pt")
+            self.refuses("no pictures with labels", "evaluate --raw odd.pt")
         torch.save({"images": noise}, "other.pt")
         self.refuses("not a file of", "evaluate --raw other.pt")
         torch.save(saved | {"images": images[:1], "labels": labels[:1]}, "one.pt")
