@@ -50,6 +50,10 @@ def stream(seed, i):
     there; a large odd factor keeps the streams of nearby seeds apart."""
     return torch.Generator().manual_seed((seed * 2654435761 + i) % 2**32)
 
+def to_uint8(x):
+    """[-1,1] -> 0..255, rounded and clipped."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
+
 # ---- 2. The forward process: from picture to noise -----------------------------------------------
 # A step of noise is x_t = √(1-β_t)·x_{t-1} + √β_t·z, z Gaussian; a schedule is the T numbers β_t.
 # All t steps at once are x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·eps, where ᾱ_t, here alpha_bar[t], is the product
@@ -110,15 +114,17 @@ def x0_from(predict, out, x, signal_rate, noise_rate):
             "v": signal_rate * x - noise_rate * out, "x0": out}[predict]
 
 def diffusion_loss(net, x0, y, t, eps, alpha_bar, predict="v", loss="huber"):
-    """E ‖target - net(x_t, t, y)‖ (Ho et al. 2020, alg. 1; eq. 14 is eps with l2): a scalar.
+    """E loss(net(x_t, t, y), target): a scalar (Ho et al. 2020, alg. 1 and, for l2 on eps, eq. 14).
     x0, eps (B,C,H,W), y (B,) labels or NULL, t (B,) int64 on the CPU, in 1..T."""
     out = net(q_sample(x0, t, eps, alpha_bar), t.to(x0.device), y)
     return LOSSES[loss](out.float(), target(predict, x0, eps, *rates(alpha_bar, t, x0)))
 
 def logit_normal(u, mean=0.5, std=1.0):
     """t/T = sigmoid(a normal number): more of the middle, most on its noisy side, where shapes form
-    (Esser et al. 2024). ndtri makes the uniform u normal."""
-    return torch.sigmoid(mean + std * torch.special.ndtri(u))
+    (Esser et al. 2024; the numbers were found here). ndtri makes the uniform u normal. One t in
+    twenty is left uniform, or t below 0.02·T and above 0.99·T would hardly ever be met."""
+    normal = torch.special.ndtri((u - 0.05).clamp(min=0) / 0.95)
+    return torch.where(u < 0.05, u / 0.05, torch.sigmoid(mean + std * normal))
 
 # From u, uniform in 0..1, to t/T; "uniform" is every t equally often (Ho et al. 2020, alg. 1).
 TIMESTEPS = {"logit-normal": logit_normal, "uniform": nn.Identity()}
@@ -136,10 +142,10 @@ def training_batch(images, labels, step, *, batch_size, T, label_drop, seed,
     return x0, y, t, torch.randn(x0.shape, generator=random).to(x0.device)
 
 # ---- 4. The U-Net --------------------------------------------------------------------------------
-# Down and up again, with skips. It is quick because 2x2 pixels enter as one place of 4 channels:
-# the work is done at 14x14 and 7x7, and only the last convolution sees pixels, for smooth edges.
+# Down and up again, with skips (Ronneberger et al. 2015). It is quick because 2x2 pixels enter as
+# one place of 4 channels: only the last convolution sees 28x28 pixels, for smooth edges.
 def time_embedding(t, dim):
-    """[sin(t·f), cos(t·f)], dim/2 frequencies f from 1 to 1e-4 (Vaswani et al. 2017): (B,dim)."""
+    """[sin(t·f), cos(t·f)], f from 1 to 1e-4 (after Vaswani et al. 2017, sec. 3.5): (B,dim)."""
     f = 10_000 ** -torch.linspace(0, 1, dim // 2, device=t.device)
     return torch.cat([torch.sin(t[:, None] * f), torch.cos(t[:, None] * f)], dim=1)
 
@@ -149,21 +155,29 @@ def zero(layer):
         nn.init.zeros_(parameter)
     return layer
 
-class ResBlock(nn.Module):
-    """(B,c_in,H,W) -> (B,c_out,H,W): x + two convolutions. emb (B,c_emb), made of time and label,
-    sets a scale and a shift after the second norm."""
-    def __init__(self, c_in, c_out, c_emb):
+class Norm(nn.Module):
+    """(B,c,H,W) -> like it: silu of the normed x, scaled and shifted as emb (B,c_emb) says, which
+    is made of time and label (Dhariwal & Nichol 2021, sec. 3)."""
+    def __init__(self, c, c_emb):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(8, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(8, c_out), zero(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.emb = nn.Linear(c_emb, 2 * c_out)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.norm, self.emb = nn.GroupNorm(8, c), nn.Linear(c_emb, 2 * c)
 
     def forward(self, x, emb):
         scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
+        return F.silu(self.norm(x) * (1 + scale) + shift)
+
+class ResBlock(nn.Module):
+    """(B,c_in,H,W) -> (B,c_out,H,W): x + two convolutions, emb (B,c_emb) speaks between them."""
+    def __init__(self, c_in, c_out, c_emb):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(8, c_in), Norm(c_out, c_emb)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
-        return self.skip(x) + h
+        return self.skip(x) + self.conv2(self.norm2(h, emb))
 
 class Attention(nn.Module):
     """(B,c,H,W) -> like it: x + softmax(q·k/√d)·v over all places: distant strokes agree."""
@@ -193,7 +207,7 @@ class UNet(nn.Module):
         self.shrink, self.down2 = nn.Conv2d(w, 2 * w, 3, 2, padding=1), ResBlock(2 * w, 2 * w, emb)
         self.attention, self.middle = Attention(2 * w), ResBlock(2 * w, 2 * w, emb)
         self.up2, self.up1 = ResBlock(4 * w, 2 * w, emb), ResBlock(3 * w, w, emb)
-        self.norm, self.expand = nn.GroupNorm(8, w), nn.Conv2d(w, 4 * 8, 3, padding=1)
+        self.norm, self.expand = Norm(w, emb), nn.Conv2d(w, 4 * 8, 3, padding=1)
         self.last = zero(nn.Conv2d(8 + channels, channels, 3, padding=1))
 
     def forward(self, x, t, y):
@@ -206,7 +220,7 @@ class UNet(nn.Module):
         h = self.up2(torch.cat([h, h2], dim=1), emb)
         h = F.interpolate(h, scale_factor=2)                             # (B, 2w, size/2, size/2)
         h = self.up1(torch.cat([h, h1], dim=1), emb)                     # (B, w, size/2, size/2)
-        h = F.pixel_shuffle(self.expand(F.silu(self.norm(h))), 2)        # (B, 8, size, size)
+        h = F.pixel_shuffle(self.expand(self.norm(h, emb)), 2)          # (B, 8, size, size)
         return self.last(torch.cat([h, x], dim=1))                       # (B, channels, size, size)
 
 # ---- 5. Algorithm 2: sampling --------------------------------------------------------------------
@@ -315,10 +329,6 @@ def morph_path(labels, classes, frames):
 
 # ---- 6. Pictures ---------------------------------------------------------------------------------
 # What there is to look at: grids, films, the loss curve, and the line that shows the time left.
-def to_uint8(x):
-    """[-1,1] -> 0..255, rounded and clipped."""
-    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
-
 def write(path, save, **options):
     """Write a file, whole or not at all, by save(file, **options), and print its path."""
     shown, path = path, Path(path).resolve()         # what a link leads to, not the link
@@ -333,11 +343,12 @@ def write(path, save, **options):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)                 # if it failed
-    if os.name == "posix":                           # lest a power cut undo the renaming
+    with contextlib.suppress(OSError):               # Windows can't, nor can some file systems
         folder = os.open(path.parent, os.O_RDONLY)
-        with contextlib.suppress(OSError):           # which not every file system can
+        try:                                         # lest a power cut undo the renaming
             os.fsync(folder)
-        os.close(folder)
+        finally:
+            os.close(folder)
     print(shown, flush=True)
 
 def grid(images, columns):
@@ -438,7 +449,9 @@ def load_data(dataset, data="data", size=None, train=True):
         labels = labels.view(len(labels), -1)[:, 0]                      # QMNIST: class first
         if len(images) != len(labels) or not 0 <= labels.min() <= labels.max() < len(found.classes):
             raise ValueError("labels and pictures do not fit, is a file damaged?")
-    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
+    except Mistake:
+        raise
+    except Exception as error:                       # servers and archives fail in a dozen ways
         raise OSError(f"{dataset} can't be read from {Path(data).resolve()} or downloaded to it: "
                       f"point --data to it, or try --dataset glyphs ({error})") from None
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
@@ -477,7 +490,8 @@ def load(path, keys=("config", "step", "ema")):
     try:
         require(zipfile.ZipFile(path).testzip() is None, "bad checksum")     # torch checks none
         found = torch.load(path, map_location="cpu", weights_only=True)
-        require(all(key in found for key in keys) and found["format"] == "ddpm.py 1", "not ours")
+        ours = all(key in found for key in keys)     # pictures of other tools name no format
+        require(ours and found.get("format", "ddpm.py 1") == "ddpm.py 1", "not ours")
     except Exception:                                # torch.load has a dozen ways to refuse a file
         raise Mistake(f"{path} is not a file of this program, or not a whole one") from None
     return found
@@ -522,7 +536,8 @@ def pick_device(name=None):
 def update_average(averaged, net, step, ema):
     """averaged += (1-ema)·(net - averaged). ema starts at 0.1, to forget the untrained net soon."""
     ema = min(ema, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), 1 - ema)
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(ema)
+    average(list(averaged.parameters()), list(net.parameters()), step)
 
 def orthogonal(matrix):
     """U·Vᵀ of a matrix U·S·Vᵀ (m,n), roughly: rounds of Newton-Schulz bring S to 0.7 .. 1.2."""
@@ -540,9 +555,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for p in self.param_groups[0]["params"]:
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            momentum.lerp_(p.grad, 0.05)
-            step = orthogonal(p.grad.lerp(momentum, 0.95).flatten(1)).view_as(p)
-            p.add_(step, alpha=-10 * self.param_groups[0]["lr"])
+            momentum.lerp_(p.grad, 0.1)
+            update = orthogonal(p.grad.lerp(momentum, 0.9).flatten(1)).view_as(p)
+            p.add_(update, alpha=-10 * self.param_groups[0]["lr"])
 
 def lock(folder):
     """Make a folder this process's own, until the file that is returned is closed, and remove what
@@ -550,11 +565,12 @@ def lock(folder):
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")
     try:
-        if os.name == "posix":                       # Windows has no such lock
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Mistake(f"another training writes to {folder}: --out names another folder") from None
+    except (ImportError, OSError):                   # Windows and some file systems have no locks
+        pass
     for name in ("ddpm.pt", "log.csv", "loss.png", "samples-*.png"):
         for part in folder.glob(f"{name}.*.part"):
             part.unlink()
@@ -574,11 +590,13 @@ def save_run(out, checkpoint, net):
     log, step, config = (checkpoint[key] for key in ("log", "step", "config"))
     rows = ["step,seconds,loss,lr,images/s"] + [",".join(map(str, row)) for row in log]
     y = torch.arange(len(config["classes"]) or 10).repeat(5)
+    guidance = 1.5 if checkpoint["flags"]["label_drop"] else 1.0     # else NULL was never learned
     with contextlib.redirect_stdout(None):
         write(out / "ddpm.pt", partial(torch.save, checkpoint))
         write(out / "log.csv", lambda file: file.write("\n".join(rows + [""]).encode()))
         write(out / "loss.png", draw_curve([row[2] for row in log] or [1.0]).save, format="PNG")
-        write_pictures(out / f"samples-{step:06}.png", draw(net, config, y)[-1], len(y) // 5)
+        images = draw(net, config, y, guidance=guidance)[-1]
+        write_pictures(out / f"samples-{step:06}.png", images, len(y) // 5)
     print(f"step {step:,}: {out}/ddpm.pt, log.csv, loss.png, samples-{step:06}.png", flush=True)
 
 def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1000,
@@ -592,6 +610,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     falls to 0 over the budget. Under torchrun each process takes its share of every batch.
     Example: python ddpm.py train --minutes 60 --width 64"""
     # resume: a checkpoint, from `load`. Returns the exit status. Raises Mistake and OSError.
+    data = os.fspath(data)                           # a checkpoint holds strings, no Path
     flags = {k: v for k, v in locals().items() if k not in ("out", "device", "resume")}
     device, out = pick_device(device), Path(out or f"runs/{dataset}")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -616,7 +635,8 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
         require(begun[key] == now[key], f"{key} is {begun[key]} in {out}/ddpm.pt, not {now[key]}")
     torch.manual_seed(seed)
     net = UNet(**config["net"]).to(device)
-    averaged, step, log, began = copy.deepcopy(net), 0, [], time.perf_counter()
+    averaged, step, log = copy.deepcopy(net), 0, []
+    began = time.perf_counter()
     # Muon is for matrices between hidden layers, AdamW for input, output, time, label and vectors.
     inner = [p for name, p in net.named_parameters() if p.ndim > 1 and optimizer == "muon"
              and not name.startswith(("stem", "time", "label", "last"))]
@@ -624,9 +644,9 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     adamw = torch.optim.AdamW(outer, lr, fused=device.type != "mps")
     muon = Muon([{"params": inner}], {"lr": lr})
     parts = {"net": net, "ema": averaged, "adamw": adamw, "muon": muon}
-    locked = lock(out) if rank == 0 else None        # as long as this function runs
     if resume:
-        step, log, began = resume["step"], resume["log"], time.perf_counter() - resume["seconds"]
+        step, log = resume["step"], resume["log"]
+        began -= resume["seconds"]
         resume["adamw"]["param_groups"][0]["fused"] = device.type != "mps"
         for name, part in parts.items():
             part.load_state_dict(resume[name])
@@ -637,47 +657,49 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     model = torch.compile(model) if compile else model
     mixed = torch.autocast(device.type, torch.bfloat16, enabled=amp)
-    saved, ended, signals = None, [], (signal.SIGINT, signal.SIGTERM)
+    saved, ended = None, []
     def end(number, frame):
         ended.append(number)
         signal.signal(number, signal.SIG_DFL)        # a second one ends at once
-    handlers = [signal.signal(number, end) for number in signals]
-    while True:
-        seconds = time.perf_counter() - began
-        done = min(1, step / total if total else seconds / 60 / (minutes or 10))
-        done, stop = agree(done, len(ended))         # a signal to one process ends all
-        mark, stop = int(done * (epochs or 10) + 1e-6), stop or done == 1    # 1e-6: rounding
-        if rank == 0 and (stop or mark != saved):    # at the start too, lest it fail later
-            saved = mark
-            save_run(out, {"format": "ddpm.py 1", "config": config, "flags": flags, "step": step,
-                           "log": log, "seconds": seconds,
-                           **{name: part.state_dict() for name, part in parts.items()}}, averaged)
-        if stop:
-            break
-        tick = time.perf_counter()
-        batch = training_batch(images, labels, step, batch_size=batch_size, T=T, seed=seed,
-                               label_drop=label_drop if classes else 1, timesteps=timesteps)
-        with mixed:
-            share = (part[rank::world] for part in batch)
-            error = diffusion_loss(model, *share, alpha_bar, predict, loss)
-        net.zero_grad()
-        error.backward()
-        norm = nn.utils.clip_grad_norm_(net.parameters(), grad_clip or 1e30).item()
-        [value] = agree(error.item())
-        require(math.isfinite(value + norm), f"the loss is {value}, its gradient {norm:.3g} at "
-                f"step {step + 1}: resume with a lower --lr")
-        lr_now = lr * min(1, (step + 1) / 100) * (1 - done)              # 100 steps of warm-up
-        with mixed:                                  # for the matrix products of Muon
-            for optim in (adamw, muon):
-                optim.param_groups[0]["lr"] = lr_now
-                optim.step()
-        update_average(averaged, net, step, ema)
-        step, speed = step + 1, round(batch_size / (time.perf_counter() - tick))
-        log.append((step, round(seconds, 3), value, lr_now, speed))
-        at = f"epoch {step * batch_size / len(images):.2f}" if total else f"{seconds / 60:.1f} min"
-        status(done, began, f"{at} · step {step:,} · loss {value:.4f} · {speed:,} images/s")
-    for number, handler in zip(signals, handlers):
-        signal.signal(number, handler)
+    with contextlib.ExitStack() as undo:             # whatever ends this
+        undo.enter_context(lock(out) if rank == 0 else contextlib.nullcontext())
+        for number in (signal.SIGINT, signal.SIGTERM):
+            undo.callback(signal.signal, number, signal.signal(number, end))
+        while True:
+            seconds = time.perf_counter() - began
+            done = min(1, step / total if total else seconds / 60 / (minutes or 10))
+            done, stop = agree(done, len(ended))         # a signal to one process ends all
+            mark, stop = int(done * (epochs or 10) + 1e-6), stop or done == 1    # 1e-6: rounding
+            if rank == 0 and (stop or mark != saved):    # at the start too, lest it fail later
+                saved = mark
+                states = {name: part.state_dict() for name, part in parts.items()}
+                save_run(out, {"format": "ddpm.py 1", "config": config, "flags": flags, "log": log,
+                               "step": step, "seconds": seconds, **states}, averaged)
+            if stop:
+                break
+            tick = time.perf_counter()
+            batch = training_batch(images, labels, step, batch_size=batch_size, T=T, seed=seed,
+                                   label_drop=label_drop if classes else 1, timesteps=timesteps)
+            with mixed:
+                share = (part[rank::world] for part in batch)
+                objective = diffusion_loss(model, *share, alpha_bar, predict, loss)
+            net.zero_grad()
+            objective.backward()
+            norm = nn.utils.clip_grad_norm_(net.parameters(), grad_clip or 1e30).item()
+            [value] = agree(objective.item())
+            require(math.isfinite(value + norm), f"the loss is {value}, its gradient {norm:.3g} at "
+                    f"step {step + 1}: resume with a lower --lr")
+            lr_now = lr * min(1, (step + 1) / 100) * (1 - done)              # 100 steps of warm-up
+            with mixed:                                  # for the matrix products of Muon
+                for optim in (adamw, muon):
+                    optim.param_groups[0]["lr"] = lr_now
+                    optim.step()
+            update_average(averaged, net, step, ema)
+            step, speed = step + 1, round(batch_size / (time.perf_counter() - tick))
+            log.append((step, round(seconds, 3), value, lr_now, speed))
+            epoch = step * batch_size / len(images)
+            at = f"epoch {epoch:.2f}" if total else f"{seconds / 60:.1f} min"
+            status(done, began, f"{at} · step {step:,} · loss {value:.4f} · {speed:,} images/s")
     if world > 1:
         distributed.destroy_process_group()
     print("done" if done == 1 else f"stopped; to go on: python ddpm.py train --resume --out {out}")
@@ -741,9 +763,10 @@ def evaluate(*, ckpt=None, dataset=None, data="data", n=None, raw=None, json=Non
     device = pick_device(device)
     if raw:
         saved = load(raw, ["images", "labels"])
-        images, labels, dataset = saved["images"], saved["labels"], dataset or saved.get("dataset")
-        dataset, tensors = dataset or "mnist", torch.is_tensor(images) and torch.is_tensor(labels)
-        require(tensors and images.ndim == 4 and labels.shape == images.shape[:1] and
+        images, labels = saved["images"], saved["labels"]
+        dataset = dataset or saved.get("dataset", "mnist")
+        require(getattr(images, "dtype", None) == torch.uint8 and images.ndim == 4 and
+                torch.is_tensor(labels) and labels.shape == images.shape[:1] and
                 dataset in list(DATASETS), f"{raw} has no pictures with labels of a known data set")
         n, size = len(labels), images.shape[-1]
     else:
@@ -793,7 +816,7 @@ def sample(*, ckpt=None, digit=None, morph=None, style="free", init=None, streng
         strip = images.unflatten(0, (-1, 24 + 1))[:, ::4].flatten(0, 1)  # a row for each leg
         return write_pictures(out, strip, 7, images[:, None])
     rows = n or (1 if digit else 10)
-    if init:                                         # column k redraws picture k, or the only one
+    if init:                                         # column k redraws picture k, from the first
         pictures = read_pictures(init, config["net"]["channels"], config["net"]["size"])
         row = row * len(pictures) if len(row) == 1 else row
         require(len(pictures) <= len(row), f"{init} has {len(pictures)} digits, not {len(row)}")
@@ -881,6 +904,7 @@ ADVICE = {"memory": "(lower --batch-size, --width or --n)",
 def main(argv=None):
     """Run a command line. Returns the exit status: 2 for the user's mistake, 1 for other errors."""
     argv = sys.argv[1:] if argv is None else argv
+    sys.stderr = sys.stderr or open(os.devnull, "w")                     # None if it was closed
     options = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("ddpm.py", description=__doc__, **options)
     commands = parser.add_subparsers(required=True, metavar="command")

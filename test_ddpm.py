@@ -25,6 +25,7 @@ import time
 import types
 import unittest
 import zipfile
+from http.client import BadStatusLine
 from pathlib import Path
 from unittest import mock
 
@@ -207,11 +208,11 @@ class TheLoss(unittest.TestCase):
                                     timesteps="uniform")[2]
             self.assertEqual(t.tolist(), list(range(1, 51)))
 
-    def test_logit_normal_timesteps_have_a_normal_logit(self):
+    def test_logit_normal_timesteps_have_a_normal_logit_but_for_one_in_twenty(self):
         t, normal = self.batches()[2], statistics.NormalDist(0.5, 1)
         self.assertTrue(1 <= t.min() and t.max() <= 50)
         for k in range(1, 50):
-            expected = normal.cdf(math.log(k / (50 - k)))
+            expected = 0.05 * k / 50 + 0.95 * normal.cdf(math.log(k / (50 - k)))
             self.assertAlmostEqual((t <= k).double().mean().item(), expected, delta=0.01)
 
     def test_t_is_never_above_T_even_at_the_edge_of_rounding(self):
@@ -927,6 +928,8 @@ class Data(Folder):
         with mock.patch("torchvision.datasets.MNIST.mirrors", ["file:///nowhere/"]):
             for command in ("train", "forward"):
                 self.refuses("--dataset glyphs", command, "--data", "nowhere", status=1)
+        with mock.patch.dict(ddpm.DATASETS, mnist=mock.Mock(side_effect=BadStatusLine("a portal"))):
+            self.refuses("a portal", "forward", status=1)
 
 
 class Checkpoints(Folder):
@@ -1035,6 +1038,21 @@ class Checkpoints(Folder):
         with Image.open("fives.png") as picture:
             self.assertEqual((picture.mode, picture.size), ("L", (5 * (4 * 30 + 2), 5 * (2 * 30 + 2))))
 
+    def test_from_python_a_path_may_name_the_data_and_a_mistake_leaves_signals_and_folder_free(self):
+        few = dict(dataset="glyphs", width=8, T=6, batch_size=4, steps=1)
+        before = signal.getsignal(signal.SIGINT)
+        with contextlib.redirect_stdout(None):
+            ddpm.train(data=Path("here"), out="named", **few)
+            try:
+                with mock.patch("ddpm.diffusion_loss", lambda net, *args: net.last.bias.sum() / 0):
+                    ddpm.train(out="broken", **few)
+            except ddpm.Mistake as error:
+                kept = error                         # and with it the frame, as a notebook does
+        self.assertEqual(ddpm.load("named/ddpm.pt", ["flags"])["flags"]["data"], "here")
+        self.assertIn("the loss is nan", str(kept))
+        self.assertEqual(signal.getsignal(signal.SIGINT), before)
+        ddpm.lock(Path("broken")).close()
+
     def test_the_net_that_came_along_draws_where_there_is_no_run(self):
         status, out, err = self.run_main("sample --digit 5 --steps 2")
         self.assertEqual(status, 0, err)
@@ -1079,14 +1097,14 @@ class Training(Folder):
             self.assertTrue(((p.diag().abs() / 0.1 / known - 1).abs() < 0.45).all(), p)
             self.assertTrue((p.diag().sign() == -grad.diag().sign()).all(), p)
 
-    def test_muons_momentum_is_nesterovs_it_goes_on_for_five_steps_when_the_gradient_turns(self):
+    def test_muons_momentum_is_nesterovs_it_goes_on_for_three_steps_when_the_gradient_turns(self):
         p, down = nn.Parameter(torch.zeros(1, 1)), []
         muon = ddpm.Muon([p], {"lr": 0.01})
         for grad in [1.0] * 10 + [-1.0] * 8:
             before, p.grad = p.item(), torch.full((1, 1), grad)
             muon.step()
             down.append(p.item() < before)
-        self.assertEqual(down, [True] * 15 + [False] * 3)        # plain momentum: 6, none: 0
+        self.assertEqual(down, [True] * 13 + [False] * 5)        # plain momentum: 4, none: 0
 
     def test_the_first_steps_are_as_long_as_the_warm_up_says(self):
         torch.manual_seed(0)
@@ -1254,6 +1272,17 @@ class Training(Folder):
         self.assertEqual(self.run_main("train --resume --dataset glyphs --steps 4")[0], 0)
         self.assertEqual((ours.exists(), theirs.exists()), (False, True))
 
+    @unittest.skipUnless(os.name == "posix", "no locks here")
+    def test_a_file_system_without_locks_is_no_obstacle(self):
+        with mock.patch("fcntl.flock", mock.Mock(side_effect=OSError(38, "not implemented"))):
+            self.train()
+
+    def test_the_samples_of_a_run_are_guided_but_where_no_label_was_dropped(self):
+        for share, guidance in ((0.1, {1.5}), (0, {1.0})):
+            with mock.patch("ddpm.draw", mock.Mock(side_effect=ddpm.draw)) as draw:
+                self.train("--label-drop", share, "--out", f"run{share}")
+            self.assertEqual({call.kwargs["guidance"] for call in draw.mock_calls}, guidance)
+
     def test_a_device_without_memory_is_told_which_flag_to_lower(self):
         full = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nTried to ..."))
         with mock.patch("ddpm.diffusion_loss", full):
@@ -1368,7 +1397,7 @@ class Evaluation(Folder):
 
     def test_real_pictures_are_near_and_right_and_noise_is_neither(self):
         images, labels, _ = ddpm.load_data("glyphs", train=False)
-        saved = {"format": "ddpm.py 1", "images": images[:200], "labels": labels[:200]}
+        saved = {"images": images[:200], "labels": labels[:200]}     # as other tools would write it
         torch.save(saved, "real.pt")
         noise = torch.randint(256, (200, 1, 28, 28), generator=ddpm.stream(1, 1)).byte()
         torch.save(saved | {"images": noise}, "noise.pt")
@@ -1387,7 +1416,8 @@ class Evaluation(Folder):
                            20 * figures["real"]["samples"]["distance"])
         torch.save(saved | {"images": noise[:, :, :16, :16]}, "small.pt")
         self.refuses("another size", "evaluate --dataset glyphs --data . --raw small.pt")
-        for odd in ({"images": "no"}, {"labels": labels[:7]}, {"dataset": "x"}, {"dataset": ["x"]}):
+        for odd in ({"images": "no"}, {"images": noise / 255}, {"labels": labels[:7]},
+                    {"dataset": "x"}, {"dataset": ["x"]}):
             torch.save(saved | odd, "odd.pt")
             self.refuses("no pictures with labels", "evaluate --raw odd.pt")
         torch.save({"images": noise}, "other.pt")
@@ -1447,6 +1477,12 @@ class Evaluation(Folder):
 
 
 class TheCommandLine(Folder):
+    def test_without_a_standard_error_it_draws_all_the_same(self):
+        self.train()
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+            self.assertIsNone(ddpm.main("sample --steps 2".split()))
+        self.assertTrue(Path("samples.png").exists())
+
     def command(self, line):
         return subprocess.run([sys.executable, PROGRAM, *line.split()], capture_output=True,
                               text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -1856,7 +1892,7 @@ class Figures(unittest.TestCase):
     FILE = ddpm.WEIGHTS.with_name("figures.json")
     OTHERS = ("TeaPearce/Conditional_Diffusion_MNIST", "yuanchenyang/smalldiffusion")
     STEPS = {"dpm": (2, 3, 5, 10, 20, 50), "ddim": (5, 10, 20, 50), "ddpm": (20, 100)}
-    GUIDANCE = {"": (1, 1.2, 1.5, 2, 3, 5, 8), " --threshold 0.995": (1, 1.5, 3, 8)}
+    GUIDANCE = {"": (1, 1.2, 1.3, 1.5, 2, 3, 5, 8), " --threshold 0.995": (1, 1.5, 3, 8)}
 
     def rated(self, line, ckpt=ddpm.WEIGHTS):
         """What `evaluate` says of a net, measured once: the share read right, times the floor."""
@@ -1888,7 +1924,7 @@ class Figures(unittest.TestCase):
                   for m in (1, 3, 10)] for seed in range(3)]
         minutes = {"width 32": [[statistics.mean(each) for each in zip(*runs)]
                                 for runs in zip(*seeds)],
-                   "width 64": [(53, *self.rated("evaluate"))]}
+                   "width 64": [(69, *self.rated("evaluate"))]}
         self.rated("evaluate --n 10000")
         known = json.loads(self.FILE.read_text())
         for name in self.OTHERS:                     # measured once, with one core each
