@@ -167,7 +167,7 @@ class Norm(nn.Module):
         return F.silu(self.norm(x) * (1 + scale) + shift)
 
 class ResBlock(nn.Module):
-    """(B,c_in,H,W) -> (B,c_out,H,W): x + two convolutions, emb (B,c_emb) speaks between them."""
+    """(B,c_in,H,W) -> (B,c_out,H,W): x + two convolutions, the second told emb (B,c_emb)."""
     def __init__(self, c_in, c_out, c_emb):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(8, c_in), Norm(c_out, c_emb)
@@ -590,12 +590,12 @@ def save_run(out, checkpoint, net):
     log, step, config = (checkpoint[key] for key in ("log", "step", "config"))
     rows = ["step,seconds,loss,lr,images/s"] + [",".join(map(str, row)) for row in log]
     y = torch.arange(len(config["classes"]) or 10).repeat(5)
-    guidance = 1.5 if checkpoint["flags"]["label_drop"] else 1.0     # else NULL was never learned
+    plain = {} if checkpoint["flags"]["label_drop"] else {"guidance": 1.0}   # NULL is not learned
     with contextlib.redirect_stdout(None):
         write(out / "ddpm.pt", partial(torch.save, checkpoint))
         write(out / "log.csv", lambda file: file.write("\n".join(rows + [""]).encode()))
         write(out / "loss.png", draw_curve([row[2] for row in log] or [1.0]).save, format="PNG")
-        images = draw(net, config, y, guidance=guidance)[-1]
+        images = draw(net, config, y, **plain)[-1]
         write_pictures(out / f"samples-{step:06}.png", images, len(y) // 5)
     print(f"step {step:,}: {out}/ddpm.pt, log.csv, loss.png, samples-{step:06}.png", flush=True)
 
