@@ -1498,8 +1498,8 @@ class TheCommandLine(Folder):
             self.assertEqual(gif.info["loop"], 0)
 
     def test_forward_shows_each_digit_on_its_way_to_noise(self):
-        done = self.command("forward --dataset glyphs --schedule linear --T 300 --gif")
-        self.assertEqual(done.returncode, 0, done.stderr)
+        status, out, err = self.run_main("forward --dataset glyphs --schedule linear --T 300 --gif")
+        self.assertEqual((status, out.split()), (0, ["noise.png", "noise.gif"]), err)
         with Image.open("noise.png") as sheet:
             self.assertEqual(sheet.size, ((11 * 30 + 2) * 2, (10 * 30 + 2) * 2))
             small = sheet.resize((332, 302), Image.NEAREST)
