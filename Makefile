@@ -13,7 +13,7 @@ DRAW := $(PY) ddpm.py sample --ckpt assets/mnist.pt --seed 4 --out
 help:
 	@echo "make sample      draw a five and its film, with the newest run or the net that came along"
 	@echo "make train       train on MNIST for ten minutes, into runs/mnist"
-	@echo "make test        run the tests: offline, on the CPU, about a minute and a half"
+	@echo "make test        run the tests: offline, on the CPU, in less than two minutes"
 	@echo "make test-slow   run them with those that take minutes"
 	@echo "make bench       measure training rate, memory and start-up on this machine"
 	@echo "make figures     measure the README's figures that assets/figures.json lacks: up to two hours"

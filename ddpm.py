@@ -51,7 +51,7 @@ def stream(seed, i):
     return torch.Generator().manual_seed((seed * 2654435761 + i) % 2**32)
 
 def to_uint8(x):
-    """[-1,1] -> 0..255, rounded and clipped."""
+    """Numbers in [-1,1] of any shape -> uint8 in 0..255, rounded and clipped."""
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 # ---- 2. The forward process: from picture to noise -----------------------------------------------
@@ -220,7 +220,7 @@ class UNet(nn.Module):
         h = self.up2(torch.cat([h, h2], dim=1), emb)
         h = F.interpolate(h, scale_factor=2)                             # (B, 2w, size/2, size/2)
         h = self.up1(torch.cat([h, h1], dim=1), emb)                     # (B, w, size/2, size/2)
-        h = F.pixel_shuffle(self.expand(self.norm(h, emb)), 2)          # (B, 8, size, size)
+        h = F.pixel_shuffle(self.expand(self.norm(h, emb)), 2)           # (B, 8, size, size)
         return self.last(torch.cat([h, x], dim=1))                       # (B, channels, size, size)
 
 # ---- 5. Algorithm 2: sampling --------------------------------------------------------------------
@@ -668,7 +668,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
         while True:
             seconds = time.perf_counter() - began
             done = min(1, step / total if total else seconds / 60 / (minutes or 10))
-            done, stop = agree(done, len(ended))         # a signal to one process ends all
+            done, stop = agree(done, len(ended))     # a signal to one process ends all
             mark, stop = int(done * (epochs or 10) + 1e-6), stop or done == 1    # 1e-6: rounding
             if rank == 0 and (stop or mark != saved):    # at the start too, lest it fail later
                 saved = mark
@@ -690,7 +690,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
             require(math.isfinite(value + norm), f"the loss is {value}, its gradient {norm:.3g} at "
                     f"step {step + 1}: resume with a lower --lr")
             lr_now = lr * min(1, (step + 1) / 100) * (1 - done)              # 100 steps of warm-up
-            with mixed:                                  # for the matrix products of Muon
+            with mixed:                              # for the matrix products of Muon
                 for optim in (adamw, muon):
                     optim.param_groups[0]["lr"] = lr_now
                     optim.step()
