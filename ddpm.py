@@ -82,7 +82,7 @@ def rng(seed, stream=0):
 
 def training_batch(images, labels, step, *, batch_size, T, label_drop=0.0, seed=0,
                    timesteps="uniform"):
-    """All that is random in a step, from (seed, step) alone, so that a resumed run goes on alike.
+    """All that is random in a step, from (seed, step) alone: a resumed run is bit for bit the same.
     images uint8 (N,C,H,W), labels (N,) -> x0 in [-1,1], y (B,), t (B,) in 1..T, eps like x0."""
     generator = rng(seed, step)
     rand = partial(torch.rand, batch_size, generator=generator, dtype=torch.float64)
@@ -171,7 +171,7 @@ def predict_x0(net, x, t, y, alpha_bar, guidance=1.0, threshold=None):
         v = v_null + guidance * (v - v_null)
     signal_rate, noise_rate = rates(alpha_bar, torch.tensor([t]), x)
     x0_hat, s = signal_rate * x - noise_rate * v, 1
-    if threshold:                                    # on the CPU, as MPS cannot
+    if threshold:                                    # on the CPU, for MPS cannot
         s = x0_hat.abs().flatten(1).cpu().quantile(threshold, 1).clamp(1).view(-1, 1, 1, 1).to(x)
     return x0_hat.clamp(-s, s) / s
 
@@ -428,7 +428,7 @@ def inception_score(logits):
 def evaluate(*, ckpt=None, data=None, n=1000, device=None, **sampling):
     """Rate --n samples: are they what was asked for, and do they look like the test set's images?
     Accuracy by a classifier, Fréchet distance of its features from the test set's, and an Inception
-    score by it, beside those of real images that it has not seen. Other flags are those of sample.
+    score by it; beside them the floor, real images that it has not seen. Other flags: see sample.
     Example: python ddpm.py evaluate --sampler ddim --steps 20"""
     net, config = load_net(ckpt, device)
     dataset, data, size = config["dataset"], data or config["data"], config["shape"][1]
