@@ -786,8 +786,8 @@ class Bench(Folder):
         product = statistics.median(seconds_of(torch.mm, a, a) for _ in range(20))
         print(f"\n2048x2048 float32 product: {2 * 2.048**3 / product:.0f} GFLOP/s")
         for out, flags in enumerate(("--width 32", "--width 32 --amp", "--width 64 --amp")):
-            python(PROGRAM, *f"train --epochs 80 --out {out} {flags}".split())
-            log = ddpm.load(f"{out}/ddpm.pt")["log"][50:]
+            python(PROGRAM, *f"train --minutes 0.4 --out {out} {flags}".split())
+            log = ddpm.load(f"{out}/ddpm.pt")["log"][20:]
             print(f"train {flags}: {64 / log[:, 1].diff().median():,.0f} images/s")
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         imports, five = (statistics.median(seconds_of(python, *words) for _ in range(5))
