@@ -5,7 +5,7 @@
 """Denoising diffusion probabilistic models (Ho et al. 2020) in one file, to be read top to bottom.
 
     python ddpm.py sample --digit 5 --gif    draw a five, and watch it come out of noise
-    python ddpm.py train                     learn to draw MNIST digits: ten minutes on a laptop
+    python ddpm.py train                     learn to draw digits: after ten minutes 99% are right
     python ddpm.py evaluate                  are the digits right, and do they look like MNIST's?
     python ddpm.py forward --gif             watch digits turn into noise: what a schedule does
 
@@ -25,7 +25,7 @@ from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
-# ---- 1. The forward process: from image to noise -------------------------------------------------
+# ---- 1. The forward process: from image to noise -----------------------------
 # One step of noise is x_t = √(1-β_t)·x_{t-1} + √β_t·z with z Gaussian; a schedule is T numbers β_t.
 # All t steps at once are x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·eps with ᾱ_t, here alpha_bar[t], the product of
 # all 1-β so far. The first noise comes at t = 1; t = 0 is the image, as alpha_bar[0] = 1.
@@ -58,11 +58,11 @@ def q_sample(x0, t, eps, alpha_bar):
     signal_rate, noise_rate = rates(alpha_bar, t, x0)
     return signal_rate * x0 + noise_rate * eps
 
-# ---- 2. Algorithm 1: the loss --------------------------------------------------------------------
+# ---- 2. Algorithm 1: the loss ------------------------------------------------
 # Given x_t, any one of eps, x0 and v = √ᾱ·eps - √(1-ᾱ)·x0 tells the other two (Salimans & Ho 2022):
-# x0 = √ᾱ·x_t - √(1-ᾱ)·v, eps = √(1-ᾱ)·x_t + √ᾱ·v. The network always outputs v, almost -x0 near T
-# and almost eps near 0: what x_t hides. A network that outputs eps, as the paper's, has to copy x_t
-# near T; here the formula does. `predict` only says of which of the three the error is measured.
+# x0 = √ᾱ·x_t - √(1-ᾱ)·v, eps = √(1-ᾱ)·x_t + √ᾱ·v. The network always outputs v: near T, where x_t
+# is noise, almost -x0; near 0, where it is x0, almost eps: what x_t hides. (An error of the paper's
+# output, eps, is 1/√ᾱ times as large in x0: huge near T.) `predict` is what the loss compares.
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
 NULL = -1  # the label that says "no label": the last row of the class embedding
 
@@ -72,40 +72,39 @@ def diffusion_loss(net, x0, y, t, eps, alpha_bar, predict="v", loss="huber"):
     signal_rate, noise_rate = rates(alpha_bar, t, x0)
     v = signal_rate * eps - noise_rate * x0
     v_hat = net(q_sample(x0, t, eps, alpha_bar), t.to(x0.device), y).float()
-    # An error of v is √ᾱ times as large in the eps that follows, and √(1-ᾱ) times in x0.
+    # If v_hat is off by e, the eps that follows from it is off by √ᾱ·e, and the x0 by √(1-ᾱ)·e.
     weight = {"eps": signal_rate, "v": 1, "x0": noise_rate}[predict]
     return LOSSES[loss](weight * v_hat, weight * v)
 
 def rng(seed, stream=0):
     """A random generator on the CPU: a seed gives the same noise on every device."""
-    return torch.Generator().manual_seed((seed * 2654435761 + stream) % 2**32)
+    return torch.Generator().manual_seed((seed * 2654435761 + stream) % 2**32)  # keeps seeds apart
 
-def training_batch(images, labels, step, *, batch_size, T, label_drop=0.0, seed=0,
-                   timesteps="uniform"):
-    """All that is random in a step, from (seed, step) alone: a resumed run is bit for bit the same.
+def training_batch(images, labels, step, batch_size, T, label_drop=0, seed=0, timesteps="uniform"):
+    """All that is random in a step, from (seed, step) alone: so a resumed run goes on as it would.
     images uint8 (N,C,H,W), labels (N,) -> x0 in [-1,1], y (B,), t (B,) in 1..T, eps like x0."""
     generator = rng(seed, step)
     rand = partial(torch.rand, batch_size, generator=generator, dtype=torch.float64)
-    u = (torch.arange(batch_size) + rand()) / batch_size     # one in each part of 0..1: steadier
-    if timesteps == "logit-normal":  # 95% sigmoid(normal), where shapes form (Esser et al. 2024)
+    u = (torch.arange(batch_size) + rand()) / batch_size  # one in each B-th of 0..1: steadier
+    if timesteps == "logit-normal":  # 95% sigmoid(0.5 + normal): a middle t (Esser et al. 2024)
         u = torch.where(rand() < 0.05, u, torch.sigmoid(0.5 + torch.special.ndtri(u)))
     t = 1 + (u * T).long().clamp(max=T - 1)
-    index = (rand() * len(images)).long().to(images.device)
+    index = (rand() * len(images)).long().to(images.device)       # with replacement
     dropped = (rand() < label_drop).to(labels.device)                    # guidance needs v_NULL
     x0, y = images[index] / 127.5 - 1, labels[index].masked_fill(dropped, NULL)
     return x0, y, t, torch.randn(x0.shape, generator=generator).to(x0.device)
 
-# ---- 3. The U-Net --------------------------------------------------------------------------------
+# ---- 3. The U-Net ------------------------------------------------------------
 # Down and up again, with skips (Ronneberger et al. 2015). It is quick because 2x2 pixels enter as
-# one position of 4 channels: only the last convolution sees 28x28 pixels, for smooth edges.
+# one position of 4 channels. The last convolution sees all pixels, and x again: smooth edges.
 def time_embedding(t, dim):
     """[sin(t·f), cos(t·f)], f from 1 to 1e-4 (after Vaswani et al. 2017, sec. 3.5): (B,dim)."""
     f = 10_000 ** -torch.linspace(0, 1, dim // 2, device=t.device)
     return torch.cat([torch.sin(t[:, None] * f), torch.cos(t[:, None] * f)], dim=1)
 
 class ResBlock(nn.Module):
-    """(B,c_in,H,W) -> (B,c_out,H,W): x + two convolutions, before the second scaled and shifted by
-    emb (B,c_emb), the embedding of time and label (Dhariwal & Nichol 2021, sec. 3)."""
+    """(B,c_in,H,W) -> (B,c_out,H,W): x plus two convolutions; what enters the second is scaled and
+    shifted by emb (B,c_emb), of time and label (Dhariwal & Nichol 2021, sec. 3)."""
     def __init__(self, c_in, c_out, c_emb):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(8, c_in), nn.GroupNorm(8, c_out)
@@ -146,7 +145,7 @@ class UNet(nn.Module):
         h1 = self.down1(self.stem(F.pixel_unshuffle(x, 2)), emb)         # (B, w, size/2, size/2)
         h2 = self.down2(self.shrink(h1), emb)                            # (B, 2w, size/4, size/4)
         h = self.norm2(h2).flatten(2).permute(2, 0, 1)                   # (positions, B, 2w)
-        h, _ = self.attention(h, h, h, need_weights=False)               # so that strokes agree
+        h, _ = self.attention(h, h, h)                                   # so that strokes agree
         h = self.middle(h2 + h.permute(1, 2, 0).view_as(h2), emb)        # (B, 2w, size/4, size/4)
         h = self.up2(torch.cat([h, h2], dim=1), emb)
         h = F.interpolate(h, h1.shape[2:])                               # (B, 2w, size/2, size/2)
@@ -154,15 +153,13 @@ class UNet(nn.Module):
         h = F.pixel_shuffle(self.expand(F.silu(self.norm1(h))), 2)       # (B, 8, size, size)
         return self.last(torch.cat([h, x], dim=1))                       # (B, channels, size, size)
 
-# ---- 4. Algorithm 2: sampling --------------------------------------------------------------------
-# One loop for all samplers: predict the image, step towards it, predict again from there.
-SAMPLERS = {"ddpm": (1.0, 1000), "ddim": (0.0, 50), "dpm": (0.0, 20)}    # η, default steps
-
+# ---- 4. Algorithm 2: sampling ------------------------------------------------
+# One loop for all samplers: predict the image, call the rest of x its noise, mix both for t_next.
 def predict_x0(net, x, t, y, alpha_bar, guidance=1.0, threshold=None):
     """x0_hat from x_t (B,C,H,W) at one t in 1..T, clipped to [-1,1], where images lie.
-    Classifier-free guidance g is v_NULL + g·(v_y - v_NULL) where 0.02 < ᾱ < 0.7, else v_y, as there
-    it costs variety or does nothing (after Kynkäänniemi et al. 2024): 0 ignores the label, more
-    than 1 makes clearer digits of less variety (Ho & Salimans 2022, eq. 6, w = g - 1). A threshold
+    Classifier-free guidance g is v_NULL + g·(v_y - v_NULL): 0 ignores the label, 1 follows it, more
+    makes clearer digits of less variety (Ho & Salimans 2022, eq. 6, w = g - 1). It acts where
+    0.02 < ᾱ < 0.7, else any g but 0 is 1, for variety (after Kynkäänniemi et al. 2024). A threshold
     q clips to s = max(1, q-quantile of |x0_hat|), then divides by s (Saharia et al. 2022, 2.3)."""
     times, null = [torch.full((len(x),), value, device=x.device) for value in (t, NULL)]
     v = net(x, times, y if guidance else null)
@@ -175,14 +172,16 @@ def predict_x0(net, x, t, y, alpha_bar, guidance=1.0, threshold=None):
         s = x0_hat.abs().flatten(1).cpu().quantile(threshold, 1).clamp(1).view(-1, 1, 1, 1).to(x)
     return x0_hat.clamp(-s, s) / s
 
+SAMPLERS = {"ddpm": (1.0, 1000), "ddim": (0.0, 50), "dpm": (0.0, 20)}    # η, default steps
+
 @torch.no_grad()
 def denoise(x0_at, x, ts, alpha_bar, sampler="dpm", generator=None):
     """Algorithm 2 (Ho et al. 2020): yield x (B,C,H,W) at each t of the falling list ts, x first.
     x0_at(x, t) is x0_hat. A step is DDIM's (Song et al. 2021, eq. 12, 16); η = 1 is DDPM, for then
     σ² is the variance of x_next given x_t and x0 (Ho et al. 2020, eq. 7). dpm is DPM-Solver++(2M)
-    (Lu et al. 2022, alg. 2): DDIM towards `aim`, x0_hat extrapolated by half a step h of
-    λ = log(√ᾱ/√(1-ᾱ)) from its last two values. The first step has only one of them, and the last,
-    to t = 0, an infinite λ: these two are plain DDIM."""
+    (Lu et al. 2022, alg. 2): a DDIM step of length h in λ = log(√ᾱ/√(1-ᾱ)) towards `aim`: x0_hat
+    carried on by h/2, to the middle of the step, along the line through the last two. The first
+    step has no earlier x0_hat, the last, to t = 0, an infinite h: these two are plain DDIM."""
     eta, lam, x0_past = SAMPLERS[sampler][0], (alpha_bar.logit() / 2).tolist(), None
     yield x
     for t, t_next in itertools.pairwise(ts):
@@ -192,7 +191,7 @@ def denoise(x0_at, x, ts, alpha_bar, sampler="dpm", generator=None):
             aim = x0_hat + h / 2 * (x0_hat - x0_past) / h_past
         x0_past, h_past = x0_hat, h
         ab, ab_next = alpha_bar[[t, t_next]].tolist()
-        eps_hat = (x - ab ** 0.5 * aim) / (1 - ab) ** 0.5      # the noise in x, if aim is its image
+        eps_hat = (x - ab ** 0.5 * aim) / (1 - ab) ** 0.5  # the rest of x, as aim is clipped
         sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)) ** 0.5
         x = ab_next ** 0.5 * aim + (1 - ab_next - sigma ** 2) ** 0.5 * eps_hat
         if sigma:
@@ -221,7 +220,7 @@ def generate(net, config, y, noise=None, x0=None, start=1.0, all_frames=False, *
         progress((i + 1) / len(ts), began, f"drawing {len(y):,} images")
     return torch.stack(frames)
 
-# ---- 5. Images and files -------------------------------------------------------------------------
+# ---- 5. Images and files -----------------------------------------------------
 def to_uint8(x):
     """Numbers in [-1,1] of any shape -> uint8 in 0..255, rounded and clipped."""
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
@@ -253,7 +252,7 @@ def progress(done, began, text):
         line = f"{text} · {left // 60}:{left % 60:02} left" if done < 1 else ""
         print(f"\r{line}\033[K", end="", flush=True)
 
-# ---- 6. Data: any set of (PIL image, label) becomes one tensor, without loader and workers -------
+# ---- 6. Data: any set(root, train, download) of (image, label), with classes ---
 def folder(root, train, download):
     """Your own images, root/train/CLASS/* and root/test/CLASS/*, in a fixed random order."""
     found = datasets.ImageFolder(Path(root, "train" if train else "test"))
@@ -281,18 +280,18 @@ def read_image(path, channels, size):
         image = ImageOps.autocontrast(ImageOps.invert(image), cutoff=(50, 1))
     return pil_to_tensor(image)[None] / 127.5 - 1
 
-# ---- 7. Training: Algorithm 1 until the budget is spent ------------------------------------------
+# ---- 7. Training: Algorithm 1 until the budget is spent ----------------------
 def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1000,
           schedule="cosine", predict="v", loss="huber", cond="class", width=32, minutes=10.0,
           epochs=None, batch_size=64, timesteps="logit-normal", lr=3e-3, amp=False, seed=0,
           resume=False):
     """Train a net into the folder --out (runs/DATASET): ddpm.pt and samples-STEP.png, after each
     tenth of --minutes, or each of --epochs if given, and on Ctrl-C. --resume goes on with that run,
-    by its flags and those given now. --data has the data sets; for --dataset folder it has
-    train/CLASS/* and test/CLASS/*, made --size pixels a side. --predict is what --loss compares,
-    --timesteps how often which t is met, --width the channels of the finest maps. --lr falls to 0
-    over the budget. Under torchrun each process takes its share of --batch-size.
-    Example: python ddpm.py train --minutes 60 --width 64"""
+    by its flags and those given now, bit for bit on a CPU with --epochs. --data has the data sets,
+    for --dataset folder train/CLASS/* and test/CLASS/*, made --size pixels a side. --predict is
+    what --loss compares, --timesteps how often which t is met, --width the channels of the finest
+    maps. --lr falls to 0 at the end. Under torchrun each process takes its share of --batch-size.
+    Ho et al.: python ddpm.py train --schedule linear --predict eps --loss l2 --timesteps uniform"""
     config = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, out = pick_device(device), Path(out or f"runs/{dataset}")
@@ -308,7 +307,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     config |= {"shape": list(images.shape[1:]), "classes": classes if cond == "class" else []}
     torch.manual_seed(seed)
     net = UNet(*config["shape"][:2], len(config["classes"]), width).to(device)
-    ema, optimizer = copy.deepcopy(net), torch.optim.AdamW(net.parameters(), lr)
+    ema, optimizer = copy.deepcopy(net), torch.optim.AdamW(net.parameters(), lr, fused=True)
     states = {"net": net, "ema": ema, "optimizer": optimizer}
     step, epoch, log, began = 0, math.inf, [], time.time()               # inf: no file at once
     if resume:
@@ -354,12 +353,12 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
             optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 - done)
             optimizer.step()
             step += 1
-            for average, new in zip(ema.parameters(), net.parameters()):     # their mean draws best
-                average.data.lerp_(new.data, max(1e-3, 9 / (9 + step)))
+            for average, new in zip(ema.parameters(), net.parameters()):  # a running mean
+                average.data.lerp_(new.data, max(1e-3, 9 / (9 + step)))  # of step/9, at most 1,000
             log.append([step, seconds, objective.item()])
             progress(done, began, f"step {step:,} · loss {log[-1][2]:.4f} · {step / seconds:.1f}/s")
     print(f"stopped: python ddpm.py train --resume --out {out} goes on" if done < 1 else
-          f"done: sample --ckpt {out}/ddpm.pt draws; --resume --out {out} --minutes .. goes on")
+          f"done: sample --ckpt {out}/ddpm.pt draws; --resume --out {out} --minutes MORE goes on")
     return 128 + signals[0] if signals else 0
 
 def load(path, *keys):
@@ -388,9 +387,9 @@ def pick_device(name=None):
     if torch.cuda.is_available():                    # under torchrun each process has its own GPU
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return torch.ones(1, device=name or best).device
+    return torch.ones(1, device=name or best).device  # raises if there is none
 
-# ---- 8. Evaluation: what a small classifier says of samples and of real images -------------------
+# ---- 8. Evaluation: what a small classifier says of samples and of real images --
 def train_classifier(images, labels, classes, path):
     """A net that reads images, uint8 (N,C,H,W): nn.Sequential, 64 features before its last layer.
     It learns once, for four epochs, and is kept in a file."""
@@ -426,29 +425,29 @@ def inception_score(logits):
     return (torch.xlogy(p, p) - torch.xlogy(p, p.mean(0))).sum(1).mean().exp().item()
 
 def evaluate(*, ckpt=None, data=None, n=1000, device=None, **sampling):
-    """Rate --n samples: are they what was asked for, and do they look like the test set's images?
-    Accuracy by a classifier, Fréchet distance of its features from the test set's, and an Inception
-    score by it; beside them the floor, real images that it has not seen. Other flags: see sample.
+    """Rate --n samples: accuracy by a classifier, Fréchet distance of its features from the test
+    set's, and an Inception score by it. Beside them the floor, what perfect samples would get:
+    "real images", which the classifier has not seen. For the other flags see sample.
     Example: python ddpm.py evaluate --sampler ddim --steps 20"""
     net, config = load_net(ckpt, device)
     dataset, data, size = config["dataset"], data or config["data"], config["shape"][1]
     images, labels, classes = load_data(dataset, data, size)
     test, _, _ = load_data(dataset, data, size, train=False)
     seen = len(images) * 5 // 6                      # of MNIST all but the last 10,000
-    path = Path(data, f"classifier-{dataset}-{size}-{random.Random(str(classes)).random()}.pt")
+    path = Path(data, f"classifier-{dataset}-{size}-{images.sum() + labels.sum()}.pt")
     classifier = train_classifier(images[:seen], labels[:seen], len(classes), path)
     real, y = images[seen:][:max(2, n)], labels[seen:][:max(2, n)]       # one has no covariance
     samples = generate(net, config, y, **sampling)[-1]
     with torch.no_grad():
-        *found, of_test = [torch.cat([classifier[:-1](x / 127.5 - 1) for x in images.split(500)])
-                           for images in (samples, real, test)]
+        *found, of_test = [torch.cat([classifier[:-1](x / 127.5 - 1) for x in group.split(500)])
+                           for group in (samples, real, test)]
     print(f"n = {len(y):<8,} accuracy  distance  score   (own features: no Inception-FID)")
     for name, features in zip(("samples", "real images"), found):
         logits, distance = classifier[-1](features), frechet_distance(features, of_test)
         accuracy = f"{(logits.argmax(1) == y).double().mean():.1%}" if config["classes"] else "-"
         print(f"{name:12} {accuracy:>8} {distance:9.3f} {inception_score(logits):6.3f}")
 
-# ---- 9. The command line: a command is a function, its keyword-only arguments are its flags ------
+# ---- 9. The command line: a command is a function, its keyword arguments its flags 
 def sample(*, ckpt=None, digit=None, morph=None, same_style=False, init=None, strength=0.85, n=None,
            gif=False, out="samples.png", raw=None, device=None, seed=0, **sampling):
     """Draw images with the net --ckpt, by default of the newest runs/*/ddpm.pt, else the shipped
@@ -535,14 +534,15 @@ def main(argv=None):
     given = vars(parser.parse_args(argv or sys.argv[1:] or ["--help"]))
     if os.environ.get("RANK", "0") != "0":           # of torchrun's processes the first one speaks
         sys.stdout = open(os.devnull, "w")
+    errors = () if sys.flags.dev_mode else (ValueError, OSError, RuntimeError, AssertionError)
     try:
         if "resume" in given:                        # the run's own flags, then those given now
             given.setdefault("out", f"runs/{given.get('dataset', 'mnist')}")
-            run = load(Path(given["out"], "ddpm.pt"), *train.__kwdefaults__)
+            run = load(Path(given["out"], "ddpm.pt"), "epochs")
             given.setdefault("epochs", None if "minutes" in given else run["epochs"])
-            given = {name: run[name] for name in train.__kwdefaults__} | given
+            given = {name: run[name] for name in train.__kwdefaults__ if name in run} | given
         return given.pop("function")(**given)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+    except errors as error:  # python -X dev shows the traceback
         parser.error(" ".join(str(error).split()))
 
 if __name__ == "__main__":
