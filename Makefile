@@ -1,9 +1,9 @@
-# Everything sets up what it needs: python3 if that has the three packages, else a .venv with them.
-# PY=/path/to/python make ...   uses another one.
+# Each target runs with python3, or PYTHON=/path, if that has the packages, else with a .venv made by it.
 PACKAGES := torch torchvision pillow
-NEW := import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or later is needed: PY=/path/to/python make ...")
-HAVE := $(NEW); import importlib.util as u; sys.exit(not all(map(u.find_spec, ("torch", "torchvision", "PIL"))))
-PY ?= $(shell python3 -c '$(HAVE)' 2>/dev/null && echo python3 || echo .venv/bin/python)
+PYTHON ?= python3
+NEW := import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or later is needed: make PYTHON=/path/to/python3 ...")
+HAVE := $(NEW); from importlib.metadata import version as v; v("torchvision"), v("pillow"); sys.exit(tuple(map(int, v("torch").split(".")[:2])) < (2, 6))
+PY ?= $(shell $(PYTHON) -c '$(HAVE)' 2>/dev/null && echo $(PYTHON) || echo .venv/bin/python)
 READY := $(if $(filter .venv/bin/python,$(PY)),.venv/ready)
 DATA ?= data
 DRAW := $(PY) ddpm.py sample --ckpt assets/mnist.pt --seed 4 --out
@@ -11,7 +11,7 @@ DRAW := $(PY) ddpm.py sample --ckpt assets/mnist.pt --seed 4 --out
 .PHONY: help sample train test bench assets clean
 
 help:
-	@echo "make sample    draw a five and watch it come out of noise, with the net that came along"
+	@echo "make sample    draw a five and watch it come out of noise"
 	@echo "make train     train on MNIST for ten minutes, into runs/mnist"
 	@echo "make test      run the tests: offline, on the CPU, in about a minute"
 	@echo "make bench     measure training rate, memory and start-up on this machine"
@@ -34,9 +34,9 @@ assets: $(READY)
 	$(DRAW) assets/morph.png --morph 3 8 5
 	$(DRAW) assets/three.png --digit 3 --seed 6
 	$(DRAW) assets/redrawn.png --init assets/three.png --digit 2 5 7 8 --guidance 3
-	for g in 0 1 3 8; do $(DRAW) assets/guidance-$$g.png --guidance $$g --digit 2 3 5 8 --n 3; done
-	for k in 2 5 20; do $(DRAW) assets/steps-$$k.png --steps $$k --digit 2 3 5 8 --n 3; done
-	for s in linear cosine; do \
+	set -e; for g in 0 1 3 8; do $(DRAW) assets/guidance-$$g.png --guidance $$g --digit 2 3 5 8 --n 3; done
+	set -e; for k in 2 5 20; do $(DRAW) assets/steps-$$k.png --steps $$k --digit 2 3 5 8 --n 3; done
+	set -e; for s in linear cosine; do \
 	  $(PY) ddpm.py forward --data $(DATA) --schedule $$s --out assets/forward-$$s.png; done
 
 clean:
@@ -44,7 +44,7 @@ clean:
 
 .venv/ready:
 	@echo "installing $(PACKAGES) into .venv: some minutes and GB, once"
-	@python3 -c '$(NEW)'
-	python3 -m venv .venv
+	@$(PYTHON) -c '$(NEW)'
+	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet $(PACKAGES)
 	@touch $@

@@ -30,7 +30,7 @@ from torchvision.utils import make_grid
 # All t steps at once are x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·eps with ᾱ_t, here alpha_bar[t], the product of
 # all 1-β so far. The first noise comes at t = 1; t = 0 is the image, as alpha_bar[0] = 1.
 def linear_betas(T):
-    """β from 1e-4 to 0.02 (Ho et al. 2020, sec. 4), times 1000/T so that any T ends in noise."""
+    """β from 1e-4 to 0.02 (Ho et al. 2020), times 1000/T: any T ends in noise, ᾱ_T ≈ e^-10."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
 
 def cosine_betas(T, s=0.008):
@@ -60,9 +60,9 @@ def q_sample(x0, t, eps, alpha_bar):
 
 # ---- 2. Algorithm 1: the loss ------------------------------------------------
 # Given x_t, any one of eps, x0 and v = √ᾱ·eps - √(1-ᾱ)·x0 tells the other two (Salimans & Ho 2022):
-# x0 = √ᾱ·x_t - √(1-ᾱ)·v, eps = √(1-ᾱ)·x_t + √ᾱ·v. The network always outputs v: near T, where x_t
-# is noise, almost -x0; near 0, where it is x0, almost eps: what x_t hides. (An error of the paper's
-# output, eps, is 1/√ᾱ times as large in x0: huge near T.) `predict` is what the loss compares.
+# x0 = √ᾱ·x_t - √(1-ᾱ)·v, eps = √(1-ᾱ)·x_t + √ᾱ·v. The network always outputs v, the part that x_t
+# hides: near T, where x_t is noise, almost -x0; near 0, where x_t is the image, almost eps. (If it
+# output eps, as Ho et al.'s does, an error would be √(1/ᾱ-1) times as large in x0: huge near T.)
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
 NULL = -1  # the label that says "no label": the last row of the class embedding
 
@@ -72,12 +72,12 @@ def diffusion_loss(net, x0, y, t, eps, alpha_bar, predict="v", loss="huber"):
     signal_rate, noise_rate = rates(alpha_bar, t, x0)
     v = signal_rate * eps - noise_rate * x0
     v_hat = net(q_sample(x0, t, eps, alpha_bar), t.to(x0.device), y).float()
-    # If v_hat is off by e, the eps that follows from it is off by √ᾱ·e, and the x0 by √(1-ᾱ)·e.
+    # At this x_t, eps_hat-eps = √ᾱ·(v_hat-v), x0_hat-x0 = -√(1-ᾱ)·(v_hat-v); no loss sees the sign.
     weight = {"eps": signal_rate, "v": 1, "x0": noise_rate}[predict]
     return LOSSES[loss](weight * v_hat, weight * v)
 
 def rng(seed, stream=0):
-    """A random generator on the CPU: a seed gives the same noise on every device."""
+    """A generator on the CPU: (seed, stream) gives the same noise on every device."""
     return torch.Generator().manual_seed((seed * 2654435761 + stream) % 2**32)  # keeps seeds apart
 
 def training_batch(images, labels, step, batch_size, T, label_drop=0, seed=0, timesteps="uniform"):
@@ -85,8 +85,8 @@ def training_batch(images, labels, step, batch_size, T, label_drop=0, seed=0, ti
     images uint8 (N,C,H,W), labels (N,) -> x0 in [-1,1], y (B,), t (B,) in 1..T, eps like x0."""
     generator = rng(seed, step)
     rand = partial(torch.rand, batch_size, generator=generator, dtype=torch.float64)
-    u = (torch.arange(batch_size) + rand()) / batch_size  # one in each B-th of 0..1: steadier
-    if timesteps == "logit-normal":  # 95% sigmoid(0.5 + normal): a middle t (Esser et al. 2024)
+    u = (torch.arange(batch_size) + rand()) / batch_size  # one in each of B equal parts of 0..1
+    if timesteps == "logit-normal":  # ndtri(u) is normal; 5% keep u: any t (Esser et al. 2024)
         u = torch.where(rand() < 0.05, u, torch.sigmoid(0.5 + torch.special.ndtri(u)))
     t = 1 + (u * T).long().clamp(max=T - 1)
     index = (rand() * len(images)).long().to(images.device)       # with replacement
@@ -96,7 +96,7 @@ def training_batch(images, labels, step, batch_size, T, label_drop=0, seed=0, ti
 
 # ---- 3. The U-Net ------------------------------------------------------------
 # Down and up again, with skips (Ronneberger et al. 2015). It is quick because 2x2 pixels enter as
-# one position of 4 channels. The last convolution sees all pixels, and x again: smooth edges.
+# one position of 4 channels. The last convolution sees x at full size: no 2x2 blocks show in v.
 def time_embedding(t, dim):
     """[sin(t·f), cos(t·f)], f from 1 to 1e-4 (after Vaswani et al. 2017, sec. 3.5): (B,dim)."""
     f = 10_000 ** -torch.linspace(0, 1, dim // 2, device=t.device)
@@ -154,12 +154,12 @@ class UNet(nn.Module):
         return self.last(torch.cat([h, x], dim=1))                       # (B, channels, size, size)
 
 # ---- 4. Algorithm 2: sampling ------------------------------------------------
-# One loop for all samplers: predict the image, call the rest of x its noise, mix both for t_next.
+# Predict the image, clip it (or errors grow), take the rest of x for noise (or x jumps), mix anew.
 def predict_x0(net, x, t, y, alpha_bar, guidance=1.0, threshold=None):
     """x0_hat from x_t (B,C,H,W) at one t in 1..T, clipped to [-1,1], where images lie.
     Classifier-free guidance g is v_NULL + g·(v_y - v_NULL): 0 ignores the label, 1 follows it, more
     makes clearer digits of less variety (Ho & Salimans 2022, eq. 6, w = g - 1). It acts where
-    0.02 < ᾱ < 0.7, else any g but 0 is 1, for variety (after Kynkäänniemi et al. 2024). A threshold
+    0.02 < ᾱ < 0.7; elsewhere any g > 0 is 1, for variety (see Kynkäänniemi et al. 2024). Threshold
     q clips to s = max(1, q-quantile of |x0_hat|), then divides by s (Saharia et al. 2022, 2.3)."""
     times, null = [torch.full((len(x),), value, device=x.device) for value in (t, NULL)]
     v = net(x, times, y if guidance else null)
@@ -179,9 +179,9 @@ def denoise(x0_at, x, ts, alpha_bar, sampler="dpm", generator=None):
     """Algorithm 2 (Ho et al. 2020): yield x (B,C,H,W) at each t of the falling list ts, x first.
     x0_at(x, t) is x0_hat. A step is DDIM's (Song et al. 2021, eq. 12, 16); η = 1 is DDPM, for then
     σ² is the variance of x_next given x_t and x0 (Ho et al. 2020, eq. 7). dpm is DPM-Solver++(2M)
-    (Lu et al. 2022, alg. 2): a DDIM step of length h in λ = log(√ᾱ/√(1-ᾱ)) towards `aim`: x0_hat
-    carried on by h/2, to the middle of the step, along the line through the last two. The first
-    step has no earlier x0_hat, the last, to t = 0, an infinite h: these two are plain DDIM."""
+    (Lu et al. 2022, alg. 2): where DDIM keeps x0_hat for a whole step, it takes `aim`, a guess of
+    x0_hat at mid-step: on the line, over λ = log(√ᾱ/√(1-ᾱ)), through the past x0_hat and this, h/2
+    on. The first step has no past, the final one, to t = 0, an infinite h: these are plain DDIM."""
     eta, lam, x0_past = SAMPLERS[sampler][0], (alpha_bar.logit() / 2).tolist(), None
     yield x
     for t, t_next in itertools.pairwise(ts):
@@ -191,7 +191,7 @@ def denoise(x0_at, x, ts, alpha_bar, sampler="dpm", generator=None):
             aim = x0_hat + h / 2 * (x0_hat - x0_past) / h_past
         x0_past, h_past = x0_hat, h
         ab, ab_next = alpha_bar[[t, t_next]].tolist()
-        eps_hat = (x - ab ** 0.5 * aim) / (1 - ab) ** 0.5  # the rest of x, as aim is clipped
+        eps_hat = (x - ab ** 0.5 * aim) / (1 - ab) ** 0.5  # solves x = √ᾱ·aim + √(1-ᾱ)·eps_hat
         sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)) ** 0.5
         x = ab_next ** 0.5 * aim + (1 - ab_next - sigma ** 2) ** 0.5 * eps_hat
         if sigma:
@@ -236,7 +236,7 @@ def write(path, save, **options):
 
 def grid(images, columns):
     """Lay images uint8 (n,C,H,W) out in rows: a PIL image, enlarged by a whole factor."""
-    sheet = to_pil_image(make_grid(images, nrow=columns)[:images.shape[1]])  # it turns grey to RGB
+    sheet = to_pil_image(make_grid(images, nrow=columns)[:images.shape[1]])  # grey stays grey
     return ImageOps.scale(sheet, min(8, max(2, 640 // max(sheet.size))), Image.NEAREST)
 
 def save_gif(path, frames, columns):
@@ -287,10 +287,10 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
           resume=False):
     """Train a net into the folder --out (runs/DATASET): ddpm.pt and samples-STEP.png, after each
     tenth of --minutes, or each of --epochs if given, and on Ctrl-C. --resume goes on with that run,
-    by its flags and those given now, bit for bit on a CPU with --epochs. --data has the data sets,
-    for --dataset folder train/CLASS/* and test/CLASS/*, made --size pixels a side. --predict is
-    what --loss compares, --timesteps how often which t is met, --width the channels of the finest
-    maps. --lr falls to 0 at the end. Under torchrun each process takes its share of --batch-size.
+    by its flags and those given now: with --epochs bit for bit on a CPU; else lr follows the clock.
+    --data has the data sets, for --dataset folder train/CLASS/* and test/CLASS/*, made --size
+    pixels a side. --predict is what --loss compares, --timesteps how often which t is met, --width
+    the channels of the finest maps. --lr falls to 0. Torchrun's processes share --batch-size.
     Ho et al.: python ddpm.py train --schedule linear --predict eps --loss l2 --timesteps uniform"""
     config = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -309,7 +309,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     net = UNet(*config["shape"][:2], len(config["classes"]), width).to(device)
     ema, optimizer = copy.deepcopy(net), torch.optim.AdamW(net.parameters(), lr, fused=True)
     states = {"net": net, "ema": ema, "optimizer": optimizer}
-    step, epoch, log, began = 0, math.inf, [], time.time()               # inf: no file at once
+    step, epoch, log, began = 0, math.inf, [], time.time()               # inf: no file at first
     if resume:
         run = load(out / "ddpm.pt", "step", "seconds", "log", *states)
         step, began, log = run["step"], began - run["seconds"], run["log"].tolist()
@@ -353,8 +353,8 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
             optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 - done)
             optimizer.step()
             step += 1
-            for average, new in zip(ema.parameters(), net.parameters()):  # a running mean
-                average.data.lerp_(new.data, max(1e-3, 9 / (9 + step)))  # of step/9, at most 1,000
+            for average, new in zip(ema.parameters(), net.parameters()):  # sample uses the mean of
+                average.data.lerp_(new.data, max(1e-3, 9 / (9 + step)))  # min(1,000, step/9) nets
             log.append([step, seconds, objective.item()])
             progress(done, began, f"step {step:,} · loss {log[-1][2]:.4f} · {step / seconds:.1f}/s")
     print(f"stopped: python ddpm.py train --resume --out {out} goes on" if done < 1 else
@@ -409,7 +409,7 @@ def train_classifier(images, labels, classes, path):
         F.cross_entropy(net(x0), y).backward()
         optimizer.step()
         progress((step + 1) / steps, began, "a classifier learns to read them, once")
-    with contextlib.suppress(OSError):               # a folder that many share may be read-only
+    with contextlib.suppress(OSError):               # a shared folder may be read-only
         write(path, partial(torch.save, net.state_dict()))
     return net
 
@@ -426,8 +426,8 @@ def inception_score(logits):
 
 def evaluate(*, ckpt=None, data=None, n=1000, device=None, **sampling):
     """Rate --n samples: accuracy by a classifier, Fréchet distance of its features from the test
-    set's, and an Inception score by it. Beside them the floor, what perfect samples would get:
-    "real images", which the classifier has not seen. For the other flags see sample.
+    set's, and an Inception score by it. Beside them the floor, what perfect samples would get: the
+    same of n real images, which the classifier has not seen. Other flags: see sample.
     Example: python ddpm.py evaluate --sampler ddim --steps 20"""
     net, config = load_net(ckpt, device)
     dataset, data, size = config["dataset"], data or config["data"], config["shape"][1]
@@ -469,7 +469,7 @@ def sample(*, ckpt=None, digit=None, morph=None, same_style=False, init=None, st
     y = torch.tensor(row).repeat(rows)
     if same_style:                                   # one noise a row: one handwriting
         noise = noise[:, :1].expand_as(noise)
-    if morph:                                        # labels on a line, noise on a circle
+    if morph:                                        # mix labels, and noise, of variance 1
         weights = F.interpolate(torch.eye(columns)[None], 24 * (columns - 1) + 1, mode="linear",
                                 align_corners=True)[0].T                 # (frames, columns)
         y, columns = weights @ torch.eye(len(names) + 1)[row], 25

@@ -2,8 +2,8 @@
 
 Mathematics is held against an oracle that does not share its code: numbers computed by hand, ten
 naive lines, or data whose best denoiser is known in closed form."""
-import contextlib, functools, io, itertools, math, os, pickle, signal, socket, statistics, struct
-import subprocess, sys, tempfile, time, unittest
+import contextlib, functools, io, itertools, math, os, pickle, re, signal, socket, statistics
+import struct, subprocess, sys, tempfile, time, unittest
 from pathlib import Path
 from unittest import mock
 
@@ -18,7 +18,10 @@ import ddpm
 
 THREADS = torch.get_num_threads()
 torch.set_num_threads(1)                             # nets this small gain nothing by more
+torch.accelerator.is_available = lambda: False       # on every machine the CPU is tested
+os.environ.update(COLUMNS="100", NO_COLOR="1")       # for argparse
 PROGRAM = Path(__file__).with_name("ddpm.py")
+README = PROGRAM.with_name("README.md").read_text(encoding="utf-8")
 GREY = {"classes": list("0123456789"), "T": 20, "schedule": "cosine", "shape": [1, 28, 28]}
 MOMENT = "train --width 8 --batch-size 4 --T 6 --device cpu"
 
@@ -58,7 +61,6 @@ class Folder(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(folder.name)
-        os.environ["COLUMNS"] = "100"                # for argparse
         write_mnist()
 
     def run_main(self, line, *more):
@@ -89,7 +91,8 @@ class Folder(unittest.TestCase):
     def refuses(self, words, line, *more):
         """Assert that a command line ends with exit status 2 and one line that has the words."""
         def files():
-            return {path: path.read_bytes() for path in Path().rglob("*.p[nt]*") if path.is_file()}
+            return {path: path.read_bytes() for path in Path().rglob("*")
+                    if path.is_file() and path.suffix != ".part"}
         before, (status, out, err) = files(), self.run_main(line, *more)
         self.assertEqual(status, 2, f"{line} {more}: {err}")
         self.assertIn(words, err.splitlines()[-1])
@@ -122,9 +125,11 @@ class TheForwardProcess(unittest.TestCase):
     def test_q_sample_is_equation_4_each_image_at_its_own_t_and_t_0_is_the_image(self):
         alpha_bar, (x0, eps) = ddpm.noise_schedule("cosine", 9), torch.randn(2, 10, 1, 2, 2)
         x = ddpm.q_sample(x0, torch.arange(10), eps, alpha_bar)
-        for t, a in enumerate(alpha_bar.tolist()):
-            assert_close(x[t], a ** 0.5 * x0[t] + (1 - a) ** 0.5 * eps[t])
         self.assertTrue(torch.equal(x[0], x0[0]))
+        mean, variance = 1.0, 0.0                    # what a chain of single steps makes of them
+        for t, keep in enumerate((alpha_bar[1:] / alpha_bar[:-1]).tolist(), start=1):
+            mean, variance = mean * keep ** 0.5, variance * keep + 1 - keep
+            assert_close(x[t], mean * x0[t] + variance ** 0.5 * eps[t])
 
 def exact_net(star, alpha_bar):
     """The best net for a data set of one image: it knows eps = (x_t - √ᾱ·star)/√(1-ᾱ), so v too."""
@@ -149,14 +154,6 @@ class TheLoss(unittest.TestCase):
             for loss, known in (("l1", size), ("l2", size ** 2), ("huber", huber)):
                 found = ddpm.diffusion_loss(net, x0, t, t, eps, alpha_bar, predict, loss)
                 assert_close(found, known.mean(), atol=1e-5, rtol=1e-4)
-
-    def test_the_exact_net_has_no_loss_at_any_t(self):
-        alpha_bar, star = ddpm.noise_schedule("cosine", 30), torch.rand(1, 1, 4, 4)
-        x0, eps, t = star.expand(30, -1, -1, -1), torch.randn(30, 1, 4, 4), torch.arange(1, 31)
-        for predict in ("eps", "v", "x0"):
-            net = exact_net(star, alpha_bar)
-            value = ddpm.diffusion_loss(net, x0, t, t, eps, alpha_bar, predict)
-            self.assertLess(value.item(), 1e-9, predict)
 
     def batches(self, n=400, **options):
         images = (torch.arange(256)[:, None] + torch.arange(16)).byte().view(-1, 1, 4, 4)
@@ -214,13 +211,9 @@ class TheNet(unittest.TestCase):
         net(torch.randn(2, 1, 12, 12), torch.tensor([1, 2]), torch.tensor([0, 1]))
         last, h = net.attention.out_proj, seen["h"].flatten(2)     # (2, 16, 9): 4 heads of 4
         weight, bias = net.attention.in_proj_weight, net.attention.in_proj_bias
-        known = torch.zeros(2, 16, 9)
-        for image, head in itertools.product(range(2), range(4)):
-            rows = [slice(16 * i + 4 * head, 16 * i + 4 * head + 4) for i in range(3)]
-            q, k, v = (weight[row] @ h[image] + bias[row, None] for row in rows)
-            for here in range(9):
-                score = torch.stack([(q[:, here] * k[:, there]).sum() / 2 for there in range(9)])
-                known[image, rows[0], here] = (score.softmax(0) * v).sum(1)
+        q, k, v = (weight @ h + bias[:, None]).view(2, 3, 4, 4, 9).unbind(1)
+        scores = torch.einsum("bhdi,bhdj->bhij", q, k) / 4 ** 0.5
+        known = torch.einsum("bhij,bhdj->bhdi", scores.softmax(-1), v).reshape(2, 16, 9)
         known = last.weight @ known + last.bias[:, None]
         assert_close((seen["out"] - seen["skip"]).flatten(2), known, atol=1e-4, rtol=1e-3)
 
@@ -356,7 +349,7 @@ class Sampling(unittest.TestCase):
 
     def test_an_image_depends_on_its_seed_and_place_and_the_steps_noise_is_not_the_starts(self):
         few, many, other = self.generate(3), self.generate(260), self.generate(3, seed=1)
-        self.assertLessEqual((few[-1].int() - many[-1, :3].int()).abs().max(), 1)
+        self.assertLess((few[-1].int() - many[-1, :3].int()).abs().float().mean(), 0.1)
         self.assertGreater((few[-1].int() - other[-1].int()).abs().float().mean(), 5)
         with mock.patch("ddpm.denoise", mock.Mock(return_value=21 * [torch.zeros(1)])) as denoise:
             self.generate(3)
@@ -383,7 +376,7 @@ class Sampling(unittest.TestCase):
             for sampler in ddpm.SAMPLERS:
                 *_, x = ddpm.denoise(x0_at, eps, [9, 5, 0], alpha_bar, sampler, ddpm.rng(0))
             ddpm.to_uint8(x)
-        self.assertGreater(len(seen), 500)           # meta is a device that computes shapes only
+        self.assertIn(torch.ops.aten.convolution_backward.default, seen)     # meta: shapes only
 
     def test_a_start_from_an_image_keeps_it_at_strength_0_and_forgets_it_at_1(self):
         x0 = torch.randint(256, (3, 1, 28, 28), generator=ddpm.rng(5)) / 127.5 - 1
@@ -412,6 +405,8 @@ class Images(Folder):
         self.assertEqual((sheet.mode, sheet.size), ("L", (92 * k, 62 * k)))
         centres = [(16 * k + 30 * k * (i % 3), 16 * k + 30 * k * (i // 3)) for i in range(6)]
         self.assertEqual([*map(sheet.getpixel, centres)], [0, 40, 80, 120, 160, 200])
+        colour = torch.tensor([9, 99, 199]).byte().view(1, 3, 1, 1).expand(1, 3, 28, 28)
+        self.assertEqual(ddpm.grid(colour, 1).getpixel((99, 99)), (9, 99, 199))
 
     def test_a_gif_has_exact_levels_a_held_end_loops_and_equal_frames_lose_no_time(self):
         frames = torch.stack([(7 * max(i, 2) + torch.arange(256)) % 256 for i in range(9)]).byte()
@@ -526,7 +521,8 @@ class Training(Folder):
             loss, steps, out = ddpm.diffusion_loss, iter(range(9)), f"begun{code}"
             def interrupted(*inputs):
                 if next(steps) == 3:
-                    signal.raise_signal(number)
+                    signal.raise_signal(number)      # a second one would end it at once
+                    self.assertEqual(signal.getsignal(number), signal.SIG_DFL)
                 return loss(*inputs)
             with mock.patch("ddpm.diffusion_loss", interrupted):
                 status, said, err = self.run_main(MOMENT, "--epochs", 8.5 / 30, "--out", out)
@@ -539,17 +535,6 @@ class Training(Folder):
                 for name in straight[part]:
                     self.assertTrue(torch.equal(straight[part][name], resumed[part][name]), name)
             self.assertEqual(signal.getsignal(signal.SIGINT), before)
-
-    def test_a_second_interrupt_ends_at_once(self):
-        run = subprocess.Popen([sys.executable, PROGRAM, *MOMENT.split(), "--epochs", "1000"],
-                               stdout=subprocess.PIPE, text=True)
-        self.addCleanup(run.kill)
-        self.addCleanup(run.stdout.close)
-        while "ddpm.pt" not in run.stdout.readline():    # the training has begun
-            self.assertIsNone(run.poll())
-        while run.poll() is None:
-            run.send_signal(signal.SIGINT)
-        self.assertEqual(run.returncode, -signal.SIGINT)
 
     def test_a_resumed_run_takes_flags_and_a_new_budget_of_either_kind_but_no_other_net(self):
         self.train("--cond", "none")
@@ -578,6 +563,8 @@ class Training(Folder):
             return subprocess.Popen([sys.executable, PROGRAM, *line.split(), "two"], text=True,
                                     env=os.environ | variables, stdout=subprocess.PIPE)
         both = [process("0"), process("1")]
+        for each in both:
+            self.addCleanup(each.kill)
         said = [each.communicate(timeout=120)[0] for each in both]
         self.assertEqual([each.returncode for each in both], [0, 0])
         self.assertEqual(said[1], "")                # the first one speaks for both
@@ -616,14 +603,15 @@ class Checkpoints(Folder):
 
     def test_the_net_that_came_along_draws_where_there_is_no_run_else_the_newest_run_does(self):
         self.assertIn("mnist.pt (mnist,", self.does("sample --digit 5 --steps 2"))
+        ink = self.raw("--digit 1 0 --n 4")["images"].double().mean((1, 2, 3)).view(4, 2)
+        self.assertTrue((ink[:, 0] < ink[:, 1]).all())                   # it draws what is asked
         self.train(out="runs/old")
         self.train(out="runs/new")
         os.utime("runs/old/ddpm.pt", (1, 1))
         self.assertIn("runs/new/ddpm.pt", self.does("sample --steps 2"))
 
     def test_the_python_of_the_readme_runs(self):
-        readme = PROGRAM.with_name("README.md").read_text(encoding="utf-8")
-        block = readme.split("```python\n")[1].split("```")[0]
+        block = README.split("```python\n")[1].split("```")[0]
         exec(block.replace("assets/", f"{PROGRAM.parent}/assets/"), {})
         self.assertTrue(Path("fives.png").exists())
 
@@ -657,7 +645,7 @@ class Evaluation(Folder):
         rows = [row.rsplit(maxsplit=3) for row in self.does(line).splitlines()[-2:]]
         return {name: (accuracy, *map(float, numbers)) for name, accuracy, *numbers in rows}
 
-    def test_real_images_are_right_and_near_and_an_untrained_nets_are_neither(self):
+    def test_real_images_are_right_and_near_and_those_of_a_net_of_two_steps_neither(self):
         os.rename("data", "small")
         write_mnist(n=2400)
         self.train()
@@ -676,7 +664,7 @@ class Evaluation(Folder):
         self.assertTrue(torch.equal(images, digits(2400)[:2000]))
 
 class TheCommandLine(Folder):
-    def test_each_command_as_a_user_would(self):
+    def test_each_command_runs_in_a_process_of_its_own_and_names_its_files(self):
         for line, files in ((f"{MOMENT} --T 30 --epochs 0.1", ["runs/mnist/samples-000003.png"]),
                             ("sample --digit 5 --gif", ["samples.png", "samples.gif"]),
                             ("evaluate --n 20 --steps 2", []), ("forward", ["noise.png"])):
@@ -702,9 +690,11 @@ class TheCommandLine(Folder):
         self.assertIn("--n 1..1000000        (1000)", self.does("evaluate --help"))
         for function in (ddpm.train, ddpm.sample, ddpm.evaluate, ddpm.forward):
             out = self.does(function.__name__, "--help")
-            for name, default in function.__kwdefaults__.items():
+            more = function in (ddpm.sample, ddpm.evaluate) and ddpm.generate.__kwdefaults__
+            for name, default in (function.__kwdefaults__ | (more or {})).items():
                 self.assertIn("--" + name.replace("_", "-"), out)
-                self.assertIn(f"({default})" if default else "", out)
+                if default:
+                    self.assertIn(f"({default})", out)
             self.assertIn("python ddpm.py " + function.__name__, out.splitlines()[-1])
 
     def test_digits_come_in_the_order_asked_for_and_same_style_is_one_noise_a_row(self):
@@ -738,15 +728,23 @@ class TheCommandLine(Folder):
         self.assertTrue(torch.equal(images, digits(8)[[7, 7]]))
         self.does("sample --init seven.png --steps 3 --gif --threshold 0.9 --sampler ddpm")
 
-    def test_the_settings_of_the_five_systems_are_flags(self):
-        for i, flags in enumerate((
-                "--schedule linear --loss l1 --predict eps --timesteps uniform",
-                "--size 32 --loss l1 --predict eps --timesteps uniform --lr 1e-4 --width 16",
-                "--cond none --T 300 --schedule linear --loss l2 --predict eps --lr 2e-4",
-                "--size 32 --schedule linear --loss l2 --predict eps --batch-size 48")):
-            self.does(f"train --width 8 --epochs 0.1 --out runs/{i} {flags}")
+    def test_every_command_of_the_readme_is_understood(self):
+        lines = re.findall(r"`python3? ddpm\.py ([a-z][^`]*)`", README)
+        self.assertGreater(len(lines), 10)
+        reached = mock.Mock(side_effect=ValueError("reached"))
+        with mock.patch("ddpm.load_net", reached), \
+                mock.patch("ddpm.load_data", reached), mock.patch("ddpm.pick_device"):
+            for line in lines:
+                if "--resume" not in line:
+                    self.refuses("reached", line)
+
+    def test_the_five_systems_of_the_readme_train_and_draw(self):
+        lines = re.findall(r"`python ddpm\.py (train [^`]*--predict[^`]*)`", README)
+        self.assertEqual(len(lines), 5)
+        for i, line in enumerate(lines):
+            self.does(f"{line} --width 8 --batch-size 4 --epochs 0.1 --out runs/{i}")
             for sampler in ddpm.SAMPLERS:
-                self.does(f"sample --ckpt runs/{i}/ddpm.pt --sampler {sampler} --steps 3")
+                self.does(f"sample --ckpt runs/{i}/ddpm.pt --sampler {sampler} --steps 3 --n 1")
 
     def test_bad_input_ends_in_one_line_with_exit_status_2_and_changes_no_file(self):
         self.train()
@@ -789,7 +787,7 @@ class Bench(Folder):
             python(PROGRAM, *f"train --minutes 0.4 --out {out} {flags}".split())
             log = ddpm.load(f"{out}/ddpm.pt")["log"][20:]
             print(f"train {flags}: {64 / log[:, 1].diff().median():,.0f} images/s")
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20      # on Linux
         imports, five = (statistics.median(seconds_of(python, *words) for _ in range(5))
                          for words in (("-c", "import torch, torchvision"),
                                        (PROGRAM, "sample", "--digit", "5", "--gif")))
