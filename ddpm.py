@@ -452,11 +452,11 @@ def sample(*, ckpt=None, digit=None, morph=None, same_style=False, init=None, st
            gif=False, out="samples.png", raw=None, device=None, seed=0, **sampling):
     """Draw images with the net --ckpt, by default of the newest runs/*/ddpm.pt, else the shipped
     one: a PNG, --out, and with --gif how they come out of noise. --digit names the classes of a
-    row, by default all; --n is how many rows, 10, or 1 with --digit. --same-style draws a row from
-    one noise: one handwriting. --morph turns class into class, in a strip and a GIF. --init is an
-    image to redraw as --digit, noised to --strength of T. --guidance 0 ignores the label, 1 follows
-    it, more exaggerates. --threshold is a quantile, say 0.995. --steps is 1000 for ddpm, 50 for
-    ddim, 20 for dpm. --raw is a .pt for images, uint8 (n,C,H,W), and labels.
+    row (all), --n how many rows (10, or 1 with --digit). --same-style draws a row from one noise:
+    one handwriting, but not by ddpm. --morph turns class into class, in a strip and a GIF. --init
+    is an image to redraw as --digit, noised to --strength of T. --guidance 0 ignores the label, 1
+    follows it, more exaggerates. --threshold is a quantile, say 0.995. --steps is 1000 for ddpm, 50
+    for ddim, 20 for dpm. --raw is a .pt for images, uint8 (n,C,H,W), and labels.
     Example: python ddpm.py sample --digit 2 0 2 6 --same-style --n 6"""
     net, config = load_net(ckpt, device)
     names, shape = [name.lower() for name in config["classes"]], config["shape"]
