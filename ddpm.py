@@ -179,9 +179,9 @@ def denoise(x0_at, x, ts, alpha_bar, sampler="dpm", generator=None):
     """Algorithm 2 (Ho et al. 2020): yield x (B,C,H,W) at each t of the falling list ts, x first.
     x0_at(x, t) is x0_hat. A step is DDIM's (Song et al. 2021, eq. 12, 16); η = 1 is DDPM, for then
     σ² is the variance of x_next given x_t and x0 (Ho et al. 2020, eq. 7). dpm is DPM-Solver++(2M)
-    (Lu et al. 2022, alg. 2): where DDIM keeps x0_hat for a whole step, it takes `aim`, a guess of
-    x0_hat at mid-step: on the line, over λ = log(√ᾱ/√(1-ᾱ)), through the past x0_hat and this, h/2
-    on. The first step has no past, the final one, to t = 0, an infinite h: these are plain DDIM."""
+    (Lu et al. 2022, alg. 2): DDIM keeps x0_hat for a whole step, h long in λ = log(√ᾱ/√(1-ᾱ)); dpm
+    takes `aim`, its value at mid-step, h/2 on, if it goes on to change with λ as since the past
+    step. The first step has no past, the final one, to t = 0, an infinite h: both are DDIM's."""
     eta, lam, x0_past = SAMPLERS[sampler][0], (alpha_bar.logit() / 2).tolist(), None
     yield x
     for t, t_next in itertools.pairwise(ts):
@@ -353,8 +353,8 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
             optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 - done)
             optimizer.step()
             step += 1
-            for average, new in zip(ema.parameters(), net.parameters()):  # sample uses the mean of
-                average.data.lerp_(new.data, max(1e-3, 9 / (9 + step)))  # min(1,000, step/9) nets
+            for average, new in zip(ema.parameters(), net.parameters()):  # sample uses a mean of
+                average.data.lerp_(new.data, max(1e-3, 9 / (9 + step)))  # the last ninth, or 1,000
             log.append([step, seconds, objective.item()])
             progress(done, began, f"step {step:,} · loss {log[-1][2]:.4f} · {step / seconds:.1f}/s")
     print(f"stopped: python ddpm.py train --resume --out {out} goes on" if done < 1 else
@@ -469,7 +469,7 @@ def sample(*, ckpt=None, digit=None, morph=None, same_style=False, init=None, st
     y = torch.tensor(row).repeat(rows)
     if same_style:                                   # one noise a row: one handwriting
         noise = noise[:, :1].expand_as(noise)
-    if morph:                                        # mix labels, and noise, of variance 1
+    if morph:                                        # of length 1 weights keep noise's variance
         weights = F.interpolate(torch.eye(columns)[None], 24 * (columns - 1) + 1, mode="linear",
                                 align_corners=True)[0].T                 # (frames, columns)
         y, columns = weights @ torch.eye(len(names) + 1)[row], 25
