@@ -89,8 +89,8 @@ def training_batch(images, labels, step, batch_size, T, label_drop=0, seed=0, ti
     if timesteps == "logit-normal":  # ndtri(u) is normal; 5% keep u: any t (Esser et al. 2024)
         u = torch.where(rand() < 0.05, u, torch.sigmoid(0.5 + torch.special.ndtri(u)))
     t = 1 + (u * T).long().clamp(max=T - 1)
-    index = (rand() * len(images)).long().to(images.device)       # with replacement
-    dropped = (rand() < label_drop).to(labels.device)                    # guidance needs v_NULL
+    index = (rand() * len(images)).long().to(images.device)  # with replacement
+    dropped = (rand() < label_drop).to(labels.device)  # guidance needs v_NULL
     x0, y = images[index] / 127.5 - 1, labels[index].masked_fill(dropped, NULL)
     return x0, y, t, torch.randn(x0.shape, generator=generator).to(x0.device)
 
@@ -112,7 +112,7 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.emb = nn.Linear(c_emb, 2 * c_out)
-        nn.init.zeros_(self.conv2.weight)            # at first the block adds nothing
+        nn.init.zeros_(self.conv2.weight)  # at first the block adds nothing
 
     def forward(self, x, emb):
         scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
@@ -168,11 +168,11 @@ def predict_x0(net, x, t, y, alpha_bar, guidance=1.0, threshold=None):
         v = v_null + guidance * (v - v_null)
     signal_rate, noise_rate = rates(alpha_bar, torch.tensor([t]), x)
     x0_hat, s = signal_rate * x - noise_rate * v, 1
-    if threshold:                                    # on the CPU, for MPS cannot
+    if threshold:  # on the CPU, for MPS cannot
         s = x0_hat.abs().flatten(1).cpu().quantile(threshold, 1).clamp(1).view(-1, 1, 1, 1).to(x)
     return x0_hat.clamp(-s, s) / s
 
-SAMPLERS = {"ddpm": (1.0, 1000), "ddim": (0.0, 50), "dpm": (0.0, 20)}    # η, default steps
+SAMPLERS = {"ddpm": (1.0, 1000), "ddim": (0.0, 50), "dpm": (0.0, 20)}  # η, default steps
 
 @torch.no_grad()
 def denoise(x0_at, x, ts, alpha_bar, sampler="dpm", generator=None):
@@ -209,13 +209,13 @@ def generate(net, config, y, noise=None, x0=None, start=1.0, all_frames=False, *
     x = x if x0 is None else q_sample(x0, torch.tensor([first_t]), x, alpha_bar)
     ts = sorted({first_t * i // steps for i in range(steps + 1)}, reverse=True)  # evenly down to 0
     every = max(1, len(ts) // 40) if all_frames else len(ts)
-    def net_in_parts(x, t, y):                       # 250 images at a time, for memory
+    def net_in_parts(x, t, y):  # 250 images at a time, for memory
         return torch.cat([net(*part) for part in zip(x.split(250), t.split(250), y.split(250))])
     x0_at = partial(predict_x0, net_in_parts, y=y.to(device), alpha_bar=alpha_bar,
                     guidance=guidance if config["classes"] else 0, threshold=threshold)
-    generator, frames, began = rng(seed, 1), [], time.time()             # not the stream of x_T
+    generator, frames, began = rng(seed, 1), [], time.time()  # not the stream of x_T
     for i, x in enumerate(denoise(x0_at, x.to(device), ts, alpha_bar, sampler, generator)):
-        if (len(ts) - 1 - i) % every == 0:           # the last, and each so many before it
+        if (len(ts) - 1 - i) % every == 0:  # the last, and each so many before it
             frames.append(to_uint8(x).cpu())
         progress((i + 1) / len(ts), began, f"drawing {len(y):,} images")
     return torch.stack(frames)
@@ -227,7 +227,7 @@ def to_uint8(x):
 
 def write(path, save, **options):
     """Write a file by save(file, **options), whole or not at all, and print its path."""
-    progress(1, 0, "")                               # its line ends
+    progress(1, 0, "")  # its line ends
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.part", "wb") as file:
         save(file, **options)
@@ -269,16 +269,17 @@ def load_data(dataset, data="data", size=None, train=True, limit=None):
     images, labels = zip(*((pil_to_tensor(ImageOps.fit(image, [size or image.width] * 2)), label)
                            for image, label in itertools.islice(found, limit)))
     images = torch.stack(images)
-    images = images[:, :1] if (images == images[:, :1]).all() else images        # if grey
+    images = images[:, :1] if (images == images[:, :1]).all() else images  # if grey
     return images, torch.tensor(labels), [name.split(" - ")[0] for name in found.classes]
 
 def read_image(path, channels, size):
-    """An image to redraw: (1,C,size,size) in [-1,1]. For a grey net dark on light is inverted."""
+    """An image to redraw: (1,C,size,size) in [-1,1]. Ink on paper becomes like MNIST's if C = 1."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("L" if channels == 1 else "RGB")
-    image = ImageOps.fit(image, (size, size))
-    if channels == 1 and pil_to_tensor(image).median() > 127:
-        image = ImageOps.autocontrast(ImageOps.invert(image), cutoff=(50, 1))
-    return pil_to_tensor(image)[None] / 127.5 - 1
+    if channels == 1 and pil_to_tensor(image).median() > 127:  # ink: white, 5/7 of the side
+        image = ImageOps.autocontrast(image, cutoff=(0, 50)).point(lambda p: max(0, 255 - 2 * p))
+        image = image.crop(image.getbbox())
+        image = ImageOps.pad(ImageOps.expand(image, max(image.size) // 5), (size, size))
+    return pil_to_tensor(ImageOps.fit(image, (size, size)))[None] / 127.5 - 1
 
 # ---- 7. Training: Algorithm 1 until the budget is spent ----------------------
 def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1000,
@@ -290,7 +291,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     by its flags and those given now: with --epochs bit for bit on a CPU; else lr follows the clock.
     --data has the data sets, for --dataset folder train/CLASS/* and test/CLASS/*, made --size
     pixels a side. --predict is what --loss compares, --timesteps how often which t is met, --width
-    the channels of the finest maps. --lr falls to 0. Torchrun's processes share --batch-size.
+    the channels of the finest maps, --amp bfloat16. --lr falls to 0. Processes share --batch-size.
     Ho et al.: python ddpm.py train --schedule linear --predict eps --loss l2 --timesteps uniform"""
     config = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -298,7 +299,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     if not resume and (out / "ddpm.pt").exists():
         raise ValueError(f"{out}/ddpm.pt exists: --resume goes on with it, else name another --out")
     out.mkdir(parents=True, exist_ok=True)
-    loaded = [load_data(dataset, data, size) if rank == 0 else None]     # rank 0 may download
+    loaded = [load_data(dataset, data, size) if rank == 0 else None]  # rank 0 may download
     if world > 1:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(distributed.destroy_process_group)
@@ -309,7 +310,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     net = UNet(*config["shape"][:2], len(config["classes"]), width).to(device)
     ema, optimizer = copy.deepcopy(net), torch.optim.AdamW(net.parameters(), lr, fused=True)
     states = {"net": net, "ema": ema, "optimizer": optimizer}
-    step, epoch, log, began = 0, math.inf, [], time.time()               # inf: no file at first
+    step, epoch, log, began = 0, math.inf, [], time.time()  # inf: no file at first
     if resume:
         run = load(out / "ddpm.pt", "step", "seconds", "log", *states)
         step, began, log = run["step"], began - run["seconds"], run["log"].tolist()
@@ -317,12 +318,12 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
             state.load_state_dict(run[name])
     images, labels, alpha_bar = images.to(device), labels.to(device), noise_schedule(schedule, T)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
-    total = math.ceil((epochs or 0) * len(images) / batch_size)          # steps; 0: by the clock
+    total = math.ceil((epochs or 0) * len(images) / batch_size)  # steps; 0: by the clock
     print(f"{sum(p.numel() for p in net.parameters()):,} parameters learn {len(images):,} images "
           f"of {dataset} on {device}, {f'{total:,} steps' if total else f'{minutes:g} minutes'}")
-    with contextlib.ExitStack() as afterwards:       # the signal handlers are put back
+    with contextlib.ExitStack() as afterwards:  # the signal handlers are put back
         signals = []
-        def note(number, frame):                     # a second signal ends at once
+        def note(number, frame):  # a second signal ends at once
             signals.append(number)
             signal.signal(number, signal.SIG_DFL)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -330,10 +331,10 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
         while True:
             seconds, last_epoch = max(1e-3, time.time() - began), epoch
             now = [step / total if total else seconds / 60 / minutes, bool(signals)]
-            if world > 1:                            # rank 0's clock and signals count
+            if world > 1:  # rank 0's clock and signals count
                 distributed.broadcast_object_list(now)
             done, ended = now[0], now[1] or now[0] >= 1
-            epoch = int(done * (epochs or 10))       # or a tenth, by the clock
+            epoch = int(done * (epochs or 10))  # or a tenth, by the clock
             if rank == 0 and step and (ended or epoch > last_epoch):
                 run = config | {"step": step, "seconds": seconds, "log": torch.tensor(log)}
                 run |= {name: state.state_dict() for name, state in states.items()}
@@ -358,14 +359,14 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
             log.append([step, seconds, objective.item()])
             progress(done, began, f"step {step:,} · loss {log[-1][2]:.4f} · {step / seconds:.1f}/s")
     print(f"stopped: python ddpm.py train --resume --out {out} goes on" if done < 1 else
-          f"done: sample --ckpt {out}/ddpm.pt draws; --resume --out {out} --minutes MORE goes on")
+          f"done: sample --ckpt {out}/ddpm.pt draws; --resume --out {out} --minutes TOTAL goes on")
     return 128 + signals[0] if signals else 0
 
 def load(path, *keys):
     """Read a file that we wrote, a dict with these keys: tensors, numbers and strings. torch.load
     takes nothing else (weights_only), so no file can run code. Raises ValueError."""
-    with contextlib.suppress(Exception):             # torch.load has a dozen ways to refuse a file
-        damaged = zipfile.ZipFile(path).testzip()    # torch verifies no checksum
+    with contextlib.suppress(Exception):  # torch.load refuses in a dozen ways
+        damaged = zipfile.ZipFile(path).testzip()  # torch verifies no checksum
         found = torch.load(path, map_location="cpu", weights_only=True)
         if not damaged and all(key in found for key in keys):
             return found
@@ -384,15 +385,14 @@ def load_net(ckpt=None, device=None):
 
 def pick_device(name=None):
     """The torch device of that name, by default the accelerator (CUDA, MPS), else the CPU."""
-    if torch.cuda.is_available():                    # under torchrun each process has its own GPU
+    if torch.cuda.is_available():  # under torchrun each process has its own GPU
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return torch.ones(1, device=name or best).device  # raises if there is none
 
 # ---- 8. Evaluation: what a small classifier says of samples and of real images --
 def train_classifier(images, labels, classes, path):
-    """A net that reads images, uint8 (N,C,H,W): nn.Sequential, 64 features before its last layer.
-    It learns once, for four epochs, and is kept in a file."""
+    """A net that reads images, with 64 features before its last layer; it learns once, see path."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(images.shape[1], 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
                         nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
@@ -409,7 +409,7 @@ def train_classifier(images, labels, classes, path):
         F.cross_entropy(net(x0), y).backward()
         optimizer.step()
         progress((step + 1) / steps, began, "a classifier learns to read them, once")
-    with contextlib.suppress(OSError):               # a shared folder may be read-only
+    with contextlib.suppress(OSError):  # a shared folder may be read-only
         write(path, partial(torch.save, net.state_dict()))
     return net
 
@@ -433,15 +433,15 @@ def evaluate(*, ckpt=None, data=None, n=1000, device=None, **sampling):
     dataset, data, size = config["dataset"], data or config["data"], config["shape"][1]
     images, labels, classes = load_data(dataset, data, size)
     test, _, _ = load_data(dataset, data, size, train=False)
-    seen = len(images) * 5 // 6                      # of MNIST all but the last 10,000
+    seen = len(images) * 5 // 6  # of MNIST all but the last 10,000
     path = Path(data, f"classifier-{dataset}-{size}-{images.sum() + labels.sum()}.pt")
     classifier = train_classifier(images[:seen], labels[:seen], len(classes), path)
-    real, y = images[seen:][:max(2, n)], labels[seen:][:max(2, n)]       # one has no covariance
+    real, y = images[seen:][:max(2, n)], labels[seen:][:max(2, n)]  # one has no covariance
     samples = generate(net, config, y, **sampling)[-1]
     with torch.no_grad():
         *found, of_test = [torch.cat([classifier[:-1](x / 127.5 - 1) for x in group.split(500)])
                            for group in (samples, real, test)]
-    print(f"n = {len(y):<8,} accuracy  distance  score   (own features: no Inception-FID)")
+    print(f"n = {len(y):<8,} accuracy  distance  score   (less distance is better; no Inception-FID)")
     for name, features in zip(("samples", "real images"), found):
         logits, distance = classifier[-1](features), frechet_distance(features, of_test)
         accuracy = f"{(logits.argmax(1) == y).double().mean():.1%}" if config["classes"] else "-"
@@ -462,14 +462,14 @@ def sample(*, ckpt=None, digit=None, morph=None, same_style=False, init=None, st
     names, shape = [name.lower() for name in config["classes"]], config["shape"]
     asked = [name.lower() for name in morph or digit or names]
     if set(asked) - set(names) or morph and len(morph) < 2:
-        raise ValueError(f"this net knows {', '.join(names) or 'no labels'}, --morph takes two")
+        raise ValueError(f"{asked}: this net knows {names or 'no labels'}, --morph takes two")
     row = [names.index(name) for name in asked] or [NULL] * 10
     rows, columns = n or (1 if digit else 10), len(row)
-    noise = torch.randn(rows, columns, *shape, generator=rng(seed))      # x_T
+    noise = torch.randn(rows, columns, *shape, generator=rng(seed))  # x_T
     y = torch.tensor(row).repeat(rows)
-    if same_style:                                   # one noise a row: one handwriting
+    if same_style:  # one noise a row: one handwriting
         noise = noise[:, :1].expand_as(noise)
-    if morph:                                        # of length 1 weights keep noise's variance
+    if morph:  # of length 1 weights keep noise's variance
         weights = F.interpolate(torch.eye(columns)[None], 24 * (columns - 1) + 1, mode="linear",
                                 align_corners=True)[0].T                 # (frames, columns)
         y, columns = weights @ torch.eye(len(names) + 1)[row], 25
@@ -532,11 +532,11 @@ def main(argv=None):
             command.add_argument("--" + name.replace("_", "-"), **kind,
                                  help=f"({default})" if default else None)
     given = vars(parser.parse_args(argv or sys.argv[1:] or ["--help"]))
-    if os.environ.get("RANK", "0") != "0":           # of torchrun's processes the first one speaks
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first one speaks
         sys.stdout = open(os.devnull, "w")
     errors = () if sys.flags.dev_mode else (ValueError, OSError, RuntimeError, AssertionError)
     try:
-        if "resume" in given:                        # the run's own flags, then those given now
+        if "resume" in given:  # the run's own flags, then those given now
             given.setdefault("out", f"runs/{given.get('dataset', 'mnist')}")
             run = load(Path(given["out"], "ddpm.pt"), "epochs")
             given.setdefault("epochs", None if "minutes" in given else run["epochs"])
@@ -546,5 +546,5 @@ def main(argv=None):
         parser.error(" ".join(str(error).split()))
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     sys.exit(main())
