@@ -441,7 +441,7 @@ def evaluate(*, ckpt=None, data=None, n=1000, device=None, **sampling):
     with torch.no_grad():
         *found, of_test = [torch.cat([classifier[:-1](x / 127.5 - 1) for x in group.split(500)])
                            for group in (samples, real, test)]
-    print(f"n = {len(y):<8,} accuracy  distance  score   (less distance is better; no Inception-FID)")
+    print(f"n = {len(y):<8,} accuracy  distance  score (less distance is better; no Inception-FID)")
     for name, features in zip(("samples", "real images"), found):
         logits, distance = classifier[-1](features), frechet_distance(features, of_test)
         accuracy = f"{(logits.argmax(1) == y).double().mean():.1%}" if config["classes"] else "-"
