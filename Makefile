@@ -1,5 +1,5 @@
 # Each target runs with python3, or PYTHON=/path, if that has the packages, else with a .venv made by it.
-PACKAGES := torch torchvision pillow
+PACKAGES := "torch>=2.6" torchvision pillow
 PYTHON ?= python3
 NEW := import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or later is needed: make PYTHON=/path/to/python3 ...")
 HAVE := $(NEW); from importlib.metadata import version as v; v("torchvision"), v("pillow"); sys.exit(tuple(map(int, v("torch").split(".")[:2])) < (2, 6))
@@ -43,7 +43,7 @@ clean:
 	rm -rf .venv __pycache__ samples.png samples.gif noise.png noise.gif
 
 .venv/ready:
-	@echo "installing $(PACKAGES) into .venv: some minutes and GB, once"
+	@echo 'installing $(PACKAGES) into .venv: some minutes and GB, once'
 	@$(PYTHON) -c '$(NEW)'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet $(PACKAGES)

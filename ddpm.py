@@ -30,7 +30,7 @@ from torchvision.utils import make_grid
 # All t steps at once are x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·eps with ᾱ_t, here alpha_bar[t], the product of
 # all 1-β so far. The first noise comes at t = 1; t = 0 is the image, as alpha_bar[0] = 1.
 def linear_betas(T):
-    """β from 1e-4 to 0.02 (Ho et al. 2020), times 1000/T: any T ends in noise, ᾱ_T ≈ e^-10."""
+    """β from 1e-4 to 0.02 (Ho et al. 2020), times 1000/T: any T ends in noise, ᾱ_T about e^-10."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
 
 def cosine_betas(T, s=0.008):
@@ -81,16 +81,16 @@ def rng(seed, stream=0):
     return torch.Generator().manual_seed((seed * 2654435761 + stream) % 2**32)  # keeps seeds apart
 
 def training_batch(images, labels, step, batch_size, T, label_drop=0, seed=0, timesteps="uniform"):
-    """All that is random in a step, from (seed, step) alone: so a resumed run goes on as it would.
+    """All that is random in a step, by (seed, step) alone: resumed runs go on as if never stopped.
     images uint8 (N,C,H,W), labels (N,) -> x0 in [-1,1], y (B,), t (B,) in 1..T, eps like x0."""
     generator = rng(seed, step)
     rand = partial(torch.rand, batch_size, generator=generator, dtype=torch.float64)
     u = (torch.arange(batch_size) + rand()) / batch_size  # one in each of B equal parts of 0..1
-    if timesteps == "logit-normal":  # ndtri(u) is normal; 5% keep u: any t (Esser et al. 2024)
+    if timesteps == "logit-normal":  # ndtri(u) is normal (Esser et al. 2024); 5% keep u: any t
         u = torch.where(rand() < 0.05, u, torch.sigmoid(0.5 + torch.special.ndtri(u)))
     t = 1 + (u * T).long().clamp(max=T - 1)
     index = (rand() * len(images)).long().to(images.device)  # with replacement
-    dropped = (rand() < label_drop).to(labels.device)  # guidance needs v_NULL
+    dropped = (rand() < label_drop).to(labels.device)  # v_NULL is learned too, for guidance
     x0, y = images[index] / 127.5 - 1, labels[index].masked_fill(dropped, NULL)
     return x0, y, t, torch.randn(x0.shape, generator=generator).to(x0.device)
 
@@ -139,8 +139,8 @@ class UNet(nn.Module):
         nn.init.zeros_(self.last.weight)
 
     def forward(self, x, t, y):
-        emb = self.time(time_embedding(t, self.time[0].in_features))
-        label = y @ self.label.weight if y.is_floating_point() else self.label.weight[y]
+        emb, rows = self.time(time_embedding(t, self.time[0].in_features)), self.label.weight
+        label = y @ rows if y.is_floating_point() else F.embedding(y % len(rows), rows)
         emb = F.silu(emb + label)                                        # (B, 4w)
         h1 = self.down1(self.stem(F.pixel_unshuffle(x, 2)), emb)         # (B, w, size/2, size/2)
         h2 = self.down2(self.shrink(h1), emb)                            # (B, 2w, size/4, size/4)
@@ -154,7 +154,7 @@ class UNet(nn.Module):
         return self.last(torch.cat([h, x], dim=1))                       # (B, channels, size, size)
 
 # ---- 4. Algorithm 2: sampling ------------------------------------------------
-# Predict the image, clip it (or errors grow), take the rest of x for noise (or x jumps), mix anew.
+# Predict the image and clip it, or errors grow. What else x holds is the noise. Mix both anew.
 def predict_x0(net, x, t, y, alpha_bar, guidance=1.0, threshold=None):
     """x0_hat from x_t (B,C,H,W) at one t in 1..T, clipped to [-1,1], where images lie.
     Classifier-free guidance g is v_NULL + g·(v_y - v_NULL): 0 ignores the label, 1 follows it, more
@@ -168,7 +168,7 @@ def predict_x0(net, x, t, y, alpha_bar, guidance=1.0, threshold=None):
         v = v_null + guidance * (v - v_null)
     signal_rate, noise_rate = rates(alpha_bar, torch.tensor([t]), x)
     x0_hat, s = signal_rate * x - noise_rate * v, 1
-    if threshold:  # on the CPU, for MPS cannot
+    if threshold:  # on the CPU: old MPS has it wrong
         s = x0_hat.abs().flatten(1).cpu().quantile(threshold, 1).clamp(1).view(-1, 1, 1, 1).to(x)
     return x0_hat.clamp(-s, s) / s
 
@@ -180,8 +180,8 @@ def denoise(x0_at, x, ts, alpha_bar, sampler="dpm", generator=None):
     x0_at(x, t) is x0_hat. A step is DDIM's (Song et al. 2021, eq. 12, 16); η = 1 is DDPM, for then
     σ² is the variance of x_next given x_t and x0 (Ho et al. 2020, eq. 7). dpm is DPM-Solver++(2M)
     (Lu et al. 2022, alg. 2): DDIM keeps x0_hat for a whole step, h long in λ = log(√ᾱ/√(1-ᾱ)); dpm
-    takes `aim`, its value at mid-step, h/2 on, if it goes on to change with λ as since the past
-    step. The first step has no past, the final one, to t = 0, an infinite h: both are DDIM's."""
+    takes `aim`: x0_hat extrapolated, linearly in λ, from the past and this to mid-step, h/2 on. The
+    first step has no past, the final one, to t = 0, an infinite h: both are DDIM's."""
     eta, lam, x0_past = SAMPLERS[sampler][0], (alpha_bar.logit() / 2).tolist(), None
     yield x
     for t, t_next in itertools.pairwise(ts):
@@ -193,7 +193,7 @@ def denoise(x0_at, x, ts, alpha_bar, sampler="dpm", generator=None):
         ab, ab_next = alpha_bar[[t, t_next]].tolist()
         eps_hat = (x - ab ** 0.5 * aim) / (1 - ab) ** 0.5  # solves x = √ᾱ·aim + √(1-ᾱ)·eps_hat
         sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)) ** 0.5
-        x = ab_next ** 0.5 * aim + (1 - ab_next - sigma ** 2) ** 0.5 * eps_hat
+        x = ab_next ** 0.5 * aim + max(0, 1 - ab_next - sigma ** 2) ** 0.5 * eps_hat
         if sigma:
             x = x + sigma * torch.randn(x.shape, generator=generator).to(x)
         yield x
@@ -203,7 +203,7 @@ def generate(net, config, y, noise=None, x0=None, start=1.0, all_frames=False, *
     """An image for each label of y (n,), or mix of labels (n,classes+1): uint8 (frames,n,C,H,W),
     the last the sample; with all_frames states before it. noise (n,C,H,W) is x_T. With x0 of that
     shape begin with it, noised to t = start·T (SDEdit, Meng et al. 2022). Flags follow the *."""
-    alpha_bar, device = noise_schedule(config["schedule"], config["T"]), net.stem.weight.device
+    alpha_bar, weight = noise_schedule(config["schedule"], config["T"]), next(net.parameters())
     first_t, steps = round(start * config["T"]), min(config["T"], steps or SAMPLERS[sampler][1])
     x = torch.randn(len(y), *config["shape"], generator=rng(seed)) if noise is None else noise
     x = x if x0 is None else q_sample(x0, torch.tensor([first_t]), x, alpha_bar)
@@ -211,10 +211,10 @@ def generate(net, config, y, noise=None, x0=None, start=1.0, all_frames=False, *
     every = max(1, len(ts) // 40) if all_frames else len(ts)
     def net_in_parts(x, t, y):  # 250 images at a time, for memory
         return torch.cat([net(*part) for part in zip(x.split(250), t.split(250), y.split(250))])
-    x0_at = partial(predict_x0, net_in_parts, y=y.to(device), alpha_bar=alpha_bar,
+    x0_at = partial(predict_x0, net_in_parts, y=y.to(weight.device), alpha_bar=alpha_bar,
                     guidance=guidance if config["classes"] else 0, threshold=threshold)
     generator, frames, began = rng(seed, 1), [], time.time()  # not the stream of x_T
-    for i, x in enumerate(denoise(x0_at, x.to(device), ts, alpha_bar, sampler, generator)):
+    for i, x in enumerate(denoise(x0_at, x.to(weight.device), ts, alpha_bar, sampler, generator)):
         if (len(ts) - 1 - i) % every == 0:  # the last, and each so many before it
             frames.append(to_uint8(x).cpu())
         progress((i + 1) / len(ts), began, f"drawing {len(y):,} images")
@@ -227,7 +227,7 @@ def to_uint8(x):
 
 def write(path, save, **options):
     """Write a file by save(file, **options), whole or not at all, and print its path."""
-    progress(1, 0, "")  # its line ends
+    progress(1, 0, "")  # clears its line
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.part", "wb") as file:
         save(file, **options)
@@ -255,7 +255,7 @@ def progress(done, began, text):
 # ---- 6. Data: any set(root, train, download) of (image, label), with classes ---
 def folder(root, train, download):
     """Your own images, root/train/CLASS/* and root/test/CLASS/*, in a fixed random order."""
-    found = datasets.ImageFolder(Path(root, "train" if train else "test"))
+    found = datasets.ImageFolder(Path(root, "train" if train else "test"), ImageOps.exif_transpose)
     random.Random(0).shuffle(found.samples)
     return found
 
@@ -264,18 +264,18 @@ DATASETS = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST, "kmnist":
 
 def load_data(dataset, data="data", size=None, train=True, limit=None):
     """A data set, or its first images, downloaded into the folder `data` if need be: uint8
-    (N,C,size,size), by default as large as they are, labels (N,), the names of the classes."""
+    (N,C,size,size), by default min(width, 32), labels (N,), the names of the classes."""
     found = DATASETS[dataset](data, train=train, download=True)
-    images, labels = zip(*((pil_to_tensor(ImageOps.fit(image, [size or image.width] * 2)), label)
-                           for image, label in itertools.islice(found, limit)))
+    images, labels = zip(*((pil_to_tensor(ImageOps.fit(image, [size or min(32, image.width)] * 2)),
+                            label) for image, label in itertools.islice(found, limit)))
     images = torch.stack(images)
     images = images[:, :1] if (images == images[:, :1]).all() else images  # if grey
     return images, torch.tensor(labels), [name.split(" - ")[0] for name in found.classes]
 
 def read_image(path, channels, size):
-    """An image to redraw: (1,C,size,size) in [-1,1]. Ink on paper becomes like MNIST's if C = 1."""
+    """An image to redraw: (1,C,size,size) in [-1,1]. If C = 1, ink on paper is made like MNIST."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("L" if channels == 1 else "RGB")
-    if channels == 1 and pil_to_tensor(image).median() > 127:  # ink: white, 5/7 of the side
+    if channels == 1 and pil_to_tensor(image).median() > 127:  # to white ink, 5/7 of the side
         image = ImageOps.autocontrast(image, cutoff=(0, 50)).point(lambda p: max(0, 255 - 2 * p))
         image = image.crop(image.getbbox())
         image = ImageOps.pad(ImageOps.expand(image, max(image.size) // 5), (size, size))
@@ -301,7 +301,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     out.mkdir(parents=True, exist_ok=True)
     loaded = [load_data(dataset, data, size) if rank == 0 else None]  # rank 0 may download
     if world > 1:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(distributed.destroy_process_group)
         distributed.broadcast_object_list(loaded)
     images, labels, classes = loaded[0]
@@ -310,7 +310,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     net = UNet(*config["shape"][:2], len(config["classes"]), width).to(device)
     ema, optimizer = copy.deepcopy(net), torch.optim.AdamW(net.parameters(), lr, fused=True)
     states = {"net": net, "ema": ema, "optimizer": optimizer}
-    step, epoch, log, began = 0, math.inf, [], time.time()  # inf: no file at first
+    step, epoch, log, began = 0, math.inf, [], time.time()  # inf: the first round writes none
     if resume:
         run = load(out / "ddpm.pt", "step", "seconds", "log", *states)
         step, began, log = run["step"], began - run["seconds"], run["log"].tolist()
@@ -354,8 +354,8 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
             optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 - done)
             optimizer.step()
             step += 1
-            for average, new in zip(ema.parameters(), net.parameters()):  # sample uses a mean of
-                average.data.lerp_(new.data, max(1e-3, 9 / (9 + step)))  # the last ninth, or 1,000
+            for average, new in zip(ema.parameters(), net.parameters()):  # ema: a mean of about the
+                average.data.lerp_(new.data, max(1e-3, 9 / (9 + step)))  # last step/9 nets, or 1000
             log.append([step, seconds, objective.item()])
             progress(done, began, f"step {step:,} · loss {log[-1][2]:.4f} · {step / seconds:.1f}/s")
     print(f"stopped: python ddpm.py train --resume --out {out} goes on" if done < 1 else
@@ -385,7 +385,7 @@ def load_net(ckpt=None, device=None):
 
 def pick_device(name=None):
     """The torch device of that name, by default the accelerator (CUDA, MPS), else the CPU."""
-    if torch.cuda.is_available():  # under torchrun each process has its own GPU
+    if torch.cuda.is_available() and str(name) != "cpu":  # torchrun's processes: a GPU each
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return torch.ones(1, device=name or best).device  # raises if there is none
@@ -403,7 +403,7 @@ def train_classifier(images, labels, classes, path):
         return net
     optimizer, steps, began = torch.optim.Adam(net.parameters()), 4 * len(images) // 64, time.time()
     for step in range(steps):
-        x0, y, _, _ = training_batch(images, labels, step, batch_size=64, T=2)
+        x0, y, _, _ = training_batch(images, labels, step, batch_size=64, T=2)  # t, eps unused
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
         optimizer.zero_grad()
         F.cross_entropy(net(x0), y).backward()
@@ -426,8 +426,8 @@ def inception_score(logits):
 
 def evaluate(*, ckpt=None, data=None, n=1000, device=None, **sampling):
     """Rate --n samples: accuracy by a classifier, Fréchet distance of its features from the test
-    set's, and an Inception score by it. Beside them the floor, what perfect samples would get: the
-    same of n real images, which the classifier has not seen. Other flags: see sample.
+    set's (it falls as n grows), an Inception score by it. Beside them the floor: the same of
+    n real images that it has not seen, which clear digits can beat. Other flags: see sample.
     Example: python ddpm.py evaluate --sampler ddim --steps 20"""
     net, config = load_net(ckpt, device)
     dataset, data, size = config["dataset"], data or config["data"], config["shape"][1]
@@ -453,7 +453,7 @@ def sample(*, ckpt=None, digit=None, morph=None, same_style=False, init=None, st
     """Draw images with the net --ckpt, by default of the newest runs/*/ddpm.pt, else the shipped
     one: a PNG, --out, and with --gif how they come out of noise. --digit names the classes of a
     row (all), --n how many rows (10, or 1 with --digit). --same-style draws a row from one noise:
-    one handwriting, but not by ddpm. --morph turns class into class, in a strip and a GIF. --init
+    one handwriting (not by ddpm). --morph turns class into class, in a strip and a GIF. --init
     is an image to redraw as --digit, noised to --strength of T. --guidance 0 ignores the label, 1
     follows it, more exaggerates. --threshold is a quantile, say 0.995. --steps is 1000 for ddpm, 50
     for ddim, 20 for dpm. --raw is a .pt for images, uint8 (n,C,H,W), and labels.
@@ -469,7 +469,7 @@ def sample(*, ckpt=None, digit=None, morph=None, same_style=False, init=None, st
     y = torch.tensor(row).repeat(rows)
     if same_style:  # one noise a row: one handwriting
         noise = noise[:, :1].expand_as(noise)
-    if morph:  # of length 1 weights keep noise's variance
+    if morph:  # independent noises mix by weights of length 1: so the variance stays 1
         weights = F.interpolate(torch.eye(columns)[None], 24 * (columns - 1) + 1, mode="linear",
                                 align_corners=True)[0].T                 # (frames, columns)
         y, columns = weights @ torch.eye(len(names) + 1)[row], 25
@@ -510,7 +510,7 @@ FLAGS = {  # argparse's options, where a flag takes more or less than any word
     "predict": {"choices": ["eps", "v", "x0"]}, "loss": {"choices": LOSSES},
     "timesteps": {"choices": ["logit-normal", "uniform"]}, "cond": {"choices": ["class", "none"]},
     "sampler": {"choices": SAMPLERS}, "digit": {"nargs": "+"}, "morph": {"nargs": "+"},
-    "size": between(8, 512), "T": between(2, 100_000), "minutes": between(0.01, 1e6),
+    "size": between(8, 128), "T": between(2, 100_000), "minutes": between(0.01, 1e6),
     "epochs": between(1e-6, 1e6), "width": between(8, 512), "batch_size": between(1, 10**6),
     "lr": between(1e-9, 10.0), "strength": between(0.0, 1.0), "guidance": between(0.0, 100.0),
     "threshold": between(0.5, 1.0), "steps": between(1, 100_000), "n": between(1, 10**6),
@@ -522,7 +522,7 @@ def main(argv=None):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers()
     for function in (train, sample, evaluate, forward):
-        about, _, example = function.__doc__.rpartition("\n")
+        about, _, example = function.__doc__.rpartition("\n")  # the last line
         command = commands.add_parser(function.__name__, description=about, epilog=example,
                                       usage="%(prog)s [flags]", argument_default=argparse.SUPPRESS)
         command.set_defaults(function=function)
@@ -543,7 +543,7 @@ def main(argv=None):
             given = {name: run[name] for name in train.__kwdefaults__ if name in run} | given
         return given.pop("function")(**given)
     except errors as error:  # python -X dev shows the traceback
-        parser.error(" ".join(str(error).split()))
+        parser.error(" ".join(str(error).split())[:400])
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
