@@ -201,7 +201,7 @@ def denoise(x0_at, x, ts, alpha_bar, sampler="dpm", generator=None):
 def generate(net, config, y, noise=None, x0=None, start=1.0, all_frames=False, *, sampler="dpm",
              steps=None, guidance=1.5, threshold=None, seed=0):
     """An image for each label of y (n,), or mix of labels (n,classes+1): uint8 (frames,n,C,H,W),
-    the last the sample; with all_frames states before it. noise (n,C,H,W) is x_T. With x0 of that
+    the last is the sample; all_frames adds states before. noise (n,C,H,W) is x_T. With x0 of that
     shape begin with it, noised to t = start·T (SDEdit, Meng et al. 2022). Flags follow the *."""
     alpha_bar, weight = noise_schedule(config["schedule"], config["T"]), next(net.parameters())
     first_t, steps = round(start * config["T"]), min(config["T"], steps or SAMPLERS[sampler][1])
@@ -215,7 +215,7 @@ def generate(net, config, y, noise=None, x0=None, start=1.0, all_frames=False, *
                     guidance=guidance if config["classes"] else 0, threshold=threshold)
     generator, frames, began = rng(seed, 1), [], time.time()  # not the stream of x_T
     for i, x in enumerate(denoise(x0_at, x.to(weight.device), ts, alpha_bar, sampler, generator)):
-        if (len(ts) - 1 - i) % every == 0:  # the last, and each so many before it
+        if (len(ts) - 1 - i) % every == 0:  # each so many, counted from the end
             frames.append(to_uint8(x).cpu())
         progress((i + 1) / len(ts), began, f"drawing {len(y):,} images")
     return torch.stack(frames)
@@ -290,7 +290,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     tenth of --minutes, or each of --epochs if given, and on Ctrl-C. --resume goes on with that run,
     by its flags and those given now: with --epochs bit for bit on a CPU; else lr follows the clock.
     --data has the data sets, for --dataset folder train/CLASS/* and test/CLASS/*, made --size
-    pixels a side. --predict is what --loss compares, --timesteps how often which t is met, --width
+    pixels a side. --predict is what --loss compares, --timesteps which t come more often, --width
     the channels of the finest maps, --amp bfloat16. --lr falls to 0. Processes share --batch-size.
     Ho et al.: python ddpm.py train --schedule linear --predict eps --loss l2 --timesteps uniform"""
     config = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items()}
@@ -321,7 +321,7 @@ def train(*, dataset="mnist", data="data", size=None, out=None, device=None, T=1
     total = math.ceil((epochs or 0) * len(images) / batch_size)  # steps; 0: by the clock
     print(f"{sum(p.numel() for p in net.parameters()):,} parameters learn {len(images):,} images "
           f"of {dataset} on {device}, {f'{total:,} steps' if total else f'{minutes:g} minutes'}")
-    with contextlib.ExitStack() as afterwards:  # the signal handlers are put back
+    with contextlib.ExitStack() as afterwards:  # restores the signal handlers
         signals = []
         def note(number, frame):  # a second signal ends at once
             signals.append(number)
@@ -505,7 +505,7 @@ def between(low, high):
         return value
     return {"type": number, "metavar": f"{low}..{high}"}
 
-FLAGS = {  # argparse's options, where a flag takes more or less than any word
+FLAGS = {  # argparse's options of flags with choices, a range or several words
     "dataset": {"choices": DATASETS}, "schedule": {"choices": SCHEDULES},
     "predict": {"choices": ["eps", "v", "x0"]}, "loss": {"choices": LOSSES},
     "timesteps": {"choices": ["logit-normal", "uniform"]}, "cond": {"choices": ["class", "none"]},
