@@ -6,7 +6,7 @@ HAVE := $(NEW); from importlib.metadata import version as v; v("torchvision"), v
 PY ?= $(shell $(PYTHON) -c '$(HAVE)' 2>/dev/null && echo $(PYTHON) || echo .venv/bin/python)
 READY := $(if $(filter .venv/bin/python,$(PY)),.venv/ready)
 DATA ?= data
-DRAW := $(PY) ddpm.py sample --ckpt assets/mnist.pt --seed 4 --out
+DRAW := $(PY) ddpm.py sample --ckpt assets/mnist.pt --seed 3 --out
 
 .PHONY: help sample train test bench assets clean
 
