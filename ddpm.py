@@ -30,7 +30,7 @@ from torchvision.utils import make_grid
 # All t steps at once are x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·eps with ᾱ_t, here alpha_bar[t], the product of
 # all 1-β so far. The first noise comes at t = 1; t = 0 is the image, as alpha_bar[0] = 1.
 def linear_betas(T):
-    """β from 1e-4 to 0.02 (Ho et al. 2020), times 1000/T: any T ends in noise, ᾱ_T about e^-10."""
+    """β from 1e-4 to 0.02 (Ho et al. 2020), times 1000/T: any T ends in noise (e^-10 if T > 99)."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
 
 def cosine_betas(T, s=0.008):
@@ -193,9 +193,8 @@ def denoise(x0_at, x, ts, alpha_bar, sampler="dpm", generator=None):
         ab, ab_next = alpha_bar[[t, t_next]].tolist()
         eps_hat = (x - ab ** 0.5 * aim) / (1 - ab) ** 0.5  # solves x = √ᾱ·aim + √(1-ᾱ)·eps_hat
         sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)) ** 0.5
-        x = ab_next ** 0.5 * aim + max(0, 1 - ab_next - sigma ** 2) ** 0.5 * eps_hat
-        if sigma:
-            x = x + sigma * torch.randn(x.shape, generator=generator).to(x)
+        z = torch.randn(x.shape, generator=generator).to(x)
+        x = ab_next ** 0.5 * aim + max(0, 1 - ab_next - sigma ** 2) ** 0.5 * eps_hat + sigma * z
         yield x
 
 def generate(net, config, y, noise=None, x0=None, start=1.0, all_frames=False, *, sampler="dpm",
@@ -203,7 +202,8 @@ def generate(net, config, y, noise=None, x0=None, start=1.0, all_frames=False, *
     """An image for each label of y (n,), or mix of labels (n,classes+1): uint8 (frames,n,C,H,W),
     the last is the sample; all_frames adds states before. noise (n,C,H,W) is x_T. With x0 of that
     shape begin with it, noised to t = start·T (SDEdit, Meng et al. 2022). Flags follow the *."""
-    alpha_bar, weight = noise_schedule(config["schedule"], config["T"]), next(net.parameters())
+    alpha_bar = noise_schedule(config["schedule"], config["T"])
+    device = next(net.parameters()).device
     first_t, steps = round(start * config["T"]), min(config["T"], steps or SAMPLERS[sampler][1])
     x = torch.randn(len(y), *config["shape"], generator=rng(seed)) if noise is None else noise
     x = x if x0 is None else q_sample(x0, torch.tensor([first_t]), x, alpha_bar)
@@ -211,10 +211,10 @@ def generate(net, config, y, noise=None, x0=None, start=1.0, all_frames=False, *
     every = max(1, len(ts) // 40) if all_frames else len(ts)
     def net_in_parts(x, t, y):  # 250 images at a time, for memory
         return torch.cat([net(*part) for part in zip(x.split(250), t.split(250), y.split(250))])
-    x0_at = partial(predict_x0, net_in_parts, y=y.to(weight.device), alpha_bar=alpha_bar,
+    x0_at = partial(predict_x0, net_in_parts, y=y.to(device), alpha_bar=alpha_bar,
                     guidance=guidance if config["classes"] else 0, threshold=threshold)
     generator, frames, began = rng(seed, 1), [], time.time()  # not the stream of x_T
-    for i, x in enumerate(denoise(x0_at, x.to(weight.device), ts, alpha_bar, sampler, generator)):
+    for i, x in enumerate(denoise(x0_at, x.to(device), ts, alpha_bar, sampler, generator)):
         if (len(ts) - 1 - i) % every == 0:  # each so many, counted from the end
             frames.append(to_uint8(x).cpu())
         progress((i + 1) / len(ts), began, f"drawing {len(y):,} images")
@@ -392,7 +392,7 @@ def pick_device(name=None):
 
 # ---- 8. Evaluation: what a small classifier says of samples and of real images --
 def train_classifier(images, labels, classes, path):
-    """A net that reads images, with 64 features before its last layer; it learns once, see path."""
+    """A classifier: (B,C,H,W) in [-1,1] -> 64 features -> logits (B,classes), kept at path."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(images.shape[1], 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
                         nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
@@ -426,8 +426,8 @@ def inception_score(logits):
 
 def evaluate(*, ckpt=None, data=None, n=1000, device=None, **sampling):
     """Rate --n samples: accuracy by a classifier, Fréchet distance of its features from the test
-    set's (it falls as n grows), an Inception score by it. Beside them the floor: the same of
-    n real images that it has not seen, which clear digits can beat. Other flags: see sample.
+    set's (it falls as n grows), an Inception score by it. Beside them the floor: the same of n
+    real images that the classifier has not seen; clear digits can beat it. Other flags: see sample.
     Example: python ddpm.py evaluate --sampler ddim --steps 20"""
     net, config = load_net(ckpt, device)
     dataset, data, size = config["dataset"], data or config["data"], config["shape"][1]

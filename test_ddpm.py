@@ -17,9 +17,9 @@ from torchvision.transforms.functional import pil_to_tensor
 import ddpm
 
 THREADS = torch.get_num_threads()
-torch.set_num_threads(1)                             # nets this small gain nothing by more
-torch.accelerator.is_available = lambda: False       # on every machine the CPU is tested
-os.environ.update(COLUMNS="100", NO_COLOR="1")       # for argparse
+torch.set_num_threads(1)  # nets this small gain nothing by more
+torch.accelerator.is_available = lambda: False  # on every machine the CPU is tested
+os.environ.update(COLUMNS="100", NO_COLOR="1")  # for argparse
 PROGRAM = Path(__file__).with_name("ddpm.py")
 README = PROGRAM.with_name("README.md").read_text(encoding="utf-8")
 GREY = {"classes": list("0123456789"), "T": 20, "schedule": "cosine", "shape": [1, 28, 28]}
@@ -126,7 +126,7 @@ class TheForwardProcess(unittest.TestCase):
         alpha_bar, (x0, eps) = ddpm.noise_schedule("cosine", 9), torch.randn(2, 10, 1, 2, 2)
         x = ddpm.q_sample(x0, torch.arange(10), eps, alpha_bar)
         self.assertTrue(torch.equal(x[0], x0[0]))
-        mean, variance = 1.0, 0.0                    # what a chain of single steps makes of them
+        mean, variance = 1.0, 0.0  # what a chain of single steps makes of them
         for t, keep in enumerate((alpha_bar[1:] / alpha_bar[:-1]).tolist(), start=1):
             mean, variance = mean * keep ** 0.5, variance * keep + 1 - keep
             assert_close(x[t], mean * x0[t] + variance ** 0.5 * eps[t])
@@ -209,7 +209,7 @@ class TheNet(unittest.TestCase):
         net.middle.register_forward_hook(lambda module, inputs, out: seen.update(out=inputs[0]))
         net.down2.register_forward_hook(lambda module, inputs, out: seen.update(skip=out))
         net(torch.randn(2, 1, 12, 12), torch.tensor([1, 2]), torch.tensor([0, 1]))
-        last, h = net.attention.out_proj, seen["h"].flatten(2)     # (2, 16, 9): 4 heads of 4
+        last, h = net.attention.out_proj, seen["h"].flatten(2)  # (2, 16, 9): 4 heads of 4
         weight, bias = net.attention.in_proj_weight, net.attention.in_proj_bias
         q, k, v = (weight @ h + bias[:, None]).view(2, 3, 4, 4, 9).unbind(1)
         scores = torch.einsum("bhdi,bhdj->bhij", q, k) / 4 ** 0.5
@@ -226,7 +226,7 @@ class TheNet(unittest.TestCase):
             loss = ddpm.diffusion_loss(net, *batch, alpha_bar, "v", "l2")
             optimizer.zero_grad()
             loss.backward()
-            if step < 3:                             # layers that are zero open one after the other
+            if step < 3:  # layers that are zero open one after the other
                 still = {name: p for name, p in still.items() if not p.grad.abs().sum() > 0}
             optimizer.step()
             losses.append(loss.item())
@@ -253,14 +253,14 @@ class Sampling(unittest.TestCase):
                 assert_close(x, star.expand_as(x), atol=1e-5, rtol=0)
                 eps = [(x - a ** 0.5 * star) / (1 - a) ** 0.5
                        for x, a in zip(way, alpha_bar[ts].tolist())]
-                for one in eps if sampler != "ddpm" else ():             # no new noise: eps stays
+                for one in eps if sampler != "ddpm" else ():  # no new noise: eps stays
                     assert_close(one, eps[0], atol=1e-2, rtol=0)
 
     def test_a_step_of_ddpm_is_the_posterior_of_equation_7_on_skipped_steps_too(self):
         alpha_bar, (x0_hat, x) = ddpm.noise_schedule("linear", 17), torch.randn(2, 1, 1, 3, 3)
         for t, s in [(t, t - 1) for t in range(17, 0, -1)] + [(17, 1), (12, 3), (9, 0)]:
             a, b = alpha_bar[t], alpha_bar[s]
-            beta = 1 - a / b                         # of the steps from s to t together
+            beta = 1 - a / b  # of the steps from s to t together
             mean = b.sqrt() * beta / (1 - a) * x0_hat + (1 - beta).sqrt() * (1 - b) / (1 - a) * x
             sigma = ((1 - b) / (1 - a) * beta).sqrt()
             z = torch.randn(1, 1, 3, 3, generator=ddpm.rng(7))
@@ -272,7 +272,7 @@ class Sampling(unittest.TestCase):
         x0_at, ts = gaussian_x0_at(0.2, 0.4, alpha_bar), [100, 80, 55, 30, 12, 0]
         x = start = torch.randn(1, 1, 4, 4, generator=ddpm.rng(2))
         a, s, past = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist(), None
-        for t, t_next in zip(ts[:-1], ts[1:-1]):     # Lu et al. 2022, alg. 2, in their variables
+        for t, t_next in zip(ts[:-1], ts[1:-1]):  # Lu et al. 2022, alg. 2, in their variables
             d = x0_hat = x0_at(x, t)
             h = math.log(a[t_next] / s[t_next]) - math.log(a[t] / s[t])
             if past is not None:
@@ -311,13 +311,13 @@ class Sampling(unittest.TestCase):
         alpha_bar, x = torch.tensor([1, 0.71, 0.69, 0.021, 0.019]), torch.zeros(2, 1, 2, 2)
         def v_of(x, t, y):
             return torch.where(y == ddpm.NULL, -0.1, -0.2).view(2, 1, 1, 1) + x
-        known = {0: 0.1, 0.5: 0.15, 1: 0.2, 1.5: 0.25, 3: 0.4}           # -v of each guidance
+        known = {0: 0.1, 0.5: 0.15, 1: 0.2, 1.5: 0.25, 3: 0.4}  # -v of each guidance
         for t, guidance in itertools.product(range(1, 5), known):
             guided, net = t in (2, 3) and guidance not in (0, 1), mock.Mock(side_effect=v_of)
             x0_hat = ddpm.predict_x0(net, x, t, torch.tensor([3, 7]), alpha_bar, guidance)
             minus_v = known[guidance if guided or guidance == 0 else 1]
             assert_close(x0_hat, torch.full_like(x, minus_v * (1 - alpha_bar[t].item()) ** 0.5))
-            self.assertEqual(net.call_count, 1 + guided)     # a second time only where it counts
+            self.assertEqual(net.call_count, 1 + guided)  # a second time only where it counts
 
     def test_dynamic_thresholding_scales_by_a_quantile_where_it_is_above_1(self):
         wanted = torch.tensor([[-4.0, 0.0, 1.0, 2.0], [0.3, -0.2, 0.1, 0.0]]).view(2, 1, 2, 2)
@@ -376,7 +376,7 @@ class Sampling(unittest.TestCase):
             for sampler in ddpm.SAMPLERS:
                 *_, x = ddpm.denoise(x0_at, eps, [9, 5, 0], alpha_bar, sampler, ddpm.rng(0))
             ddpm.to_uint8(x)
-        self.assertIn(torch.ops.aten.convolution_backward.default, seen)     # meta: shapes only
+        self.assertIn(torch.ops.aten.convolution_backward.default, seen)  # meta: shapes only
 
     def test_a_start_from_an_image_keeps_it_at_strength_0_and_forgets_it_at_1(self):
         x0 = torch.randint(256, (3, 1, 28, 28), generator=ddpm.rng(5)) / 127.5 - 1
@@ -384,9 +384,9 @@ class Sampling(unittest.TestCase):
             kept = self.generate(x0=x0, start=0.0, sampler=sampler)[-1]
             self.assertTrue(torch.equal(kept, ddpm.to_uint8(x0)))
             gone, free = self.generate(x0=x0, sampler=sampler), self.generate(sampler=sampler)
-            self.assertLess((gone.int() - free.int()).abs().float().mean(), 2)   # ᾱ_T = 6e-6
+            self.assertLess((gone.int() - free.int()).abs().float().mean(), 2)  # ᾱ_T = 6e-6
         xs, ts = zip(*self.asked(x0=x0, start=0.6, steps=4))
-        self.assertEqual(ts, (12, 9, 6, 3))          # T = 20
+        self.assertEqual(ts, (12, 9, 6, 3))  # T = 20
         a = ddpm.noise_schedule("cosine", 20)[12].item()
         assert_close(xs[0], a ** 0.5 * x0 + (1 - a) ** 0.5 * self.noise(3))
 
@@ -401,7 +401,7 @@ class Images(Folder):
         levels = torch.arange(256, dtype=torch.uint8)
         self.assertTrue(torch.equal(ddpm.to_uint8(levels / 127.5 - 1), levels))
         sheet = ddpm.grid((levels[:6] * 40).view(6, 1, 1, 1).expand(6, 1, 28, 28), 3)
-        k = sheet.width // 92                        # 3 images of 28 and 4 gaps of 2
+        k = sheet.width // 92  # 3 images of 28 and 4 gaps of 2
         self.assertEqual((sheet.mode, sheet.size), ("L", (92 * k, 62 * k)))
         centres = [(16 * k + 30 * k * (i % 3), 16 * k + 30 * k * (i // 3)) for i in range(6)]
         self.assertEqual([*map(sheet.getpixel, centres)], [0, 40, 80, 120, 160, 200])
@@ -413,7 +413,7 @@ class Images(Folder):
         with contextlib.redirect_stdout(None):
             ddpm.save_gif("a.gif", frames.view(9, 1, 1, 16, 16), 1)
         with Image.open("a.gif") as gif:
-            self.assertEqual((gif.n_frames, gif.info["loop"]), (7, 0))   # the first three are one
+            self.assertEqual((gif.n_frames, gif.info["loop"]), (7, 0))  # the first three are one
             for i in range(7):
                 gif.seek(i)
                 sheet = ddpm.grid(frames[i + 2].view(1, 1, 16, 16), 1)
@@ -446,7 +446,7 @@ class Data(Folder):
 
     def test_cifar_is_colour_in_the_order_of_channel_row_column(self):
         batches, pixels = Path("data/cifar-10-batches-py"), [i % 251 for i in range(3072)]
-        batches.mkdir(parents=True)                  # its files are red, then green, then blue
+        batches.mkdir(parents=True)  # its files are red, then green, then blue
         rows = {"data": torch.tensor([pixels] * 4).byte().numpy(), "labels": [0, 1, 2, 3]}
         for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
             (batches / name).write_bytes(pickle.dumps(rows))
@@ -467,27 +467,27 @@ class Data(Folder):
         images, labels, classes = ddpm.load_data("folder", "mine", size=16)
         self.assertEqual((images.shape, classes), ((24, 3, 16, 16), ["Light", "dark"]))
         self.assertLess(images[labels == 1].max(), 100)
-        self.assertGreater(labels.diff().abs().sum(), 2)                 # they are shuffled
+        self.assertGreater(labels.diff().abs().sum(), 2)  # they are shuffled
         self.does(MOMENT, *"--dataset folder --data mine --size 16 --epochs 1".split())
         self.does("sample --digit Light DARK --steps 2")
         self.assertIn("real images", self.does("evaluate --n 4 --steps 2"))
         for path in Path("mine").rglob("*.png"):
             Image.open(path).convert("L").save(path)
-        self.assertEqual(ddpm.load_data("folder", "mine", 16)[0].shape[1], 1)    # grey, if all are
+        self.assertEqual(ddpm.load_data("folder", "mine", 16)[0].shape[1], 1)  # grey, if all are
         Path("mine/train/dark/0.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
         self.refuses("dark/0.png", "train --dataset folder --data mine --size 16 --out x")
 
     def test_a_photo_of_ink_on_paper_becomes_white_on_black_upright_as_large_as_mnists(self):
         two, exif = ddpm.to_pil_image(digits(3)[2]), Image.Exif()
-        exif[0x0112] = 6                             # the orientation of a phone held upright
-        paper = torch.linspace(150, 250, 400).repeat(300, 1)             # in uneven light
+        exif[0x0112] = 6  # a phone held upright
+        paper = torch.linspace(150, 250, 400).repeat(300, 1)  # in uneven light
         paper[20:160, 200:340] *= 1 - pil_to_tensor(two.resize((140, 140)))[0] / 400
         ddpm.to_pil_image(paper.byte()).rotate(90, expand=True).save("photo.jpg", exif=exif)
         known = ImageOps.expand(ImageOps.pad(two.crop(two.getbbox()), (20, 20)), 4)
         pair = torch.cat([ddpm.read_image("photo.jpg", 1, 28), pil_to_tensor(known)[None] / 255])
         self.assertGreater(pair.flatten(1).corrcoef()[0, 1], 0.9)
-        os.renames("photo.jpg", "own/train/two/photo.jpg")               # one to learn, upright too
-        ink = ddpm.load_data("folder", "own")[0][0, 0] < 100             # it is above, on the right
+        os.renames("photo.jpg", "own/train/two/photo.jpg")  # upright here too
+        ink = ddpm.load_data("folder", "own")[0][0, 0] < 100  # above, on the right
         self.assertEqual((ink.nonzero().float().mean(0) > 16).tolist(), [False, True])
 
 class Training(Folder):
@@ -500,7 +500,7 @@ class Training(Folder):
             assert_close(one["ema"][name], known)
             assert_close(two["ema"][name], known + 9 / 11 * (two["net"][name] - known))
         moved = (one["net"]["last.weight"] - begun["last.weight"]).abs().max()
-        self.assertAlmostEqual(moved.item(), 0.1 / 100, places=5)        # AdamW, in its warm-up
+        self.assertAlmostEqual(moved.item(), 0.1 / 100, places=5)  # AdamW, in its warm-up
 
     def test_the_net_sees_its_labels_but_for_a_tenth_or_none_without_cond(self):
         for cond, share in (("class", 0.1), ("none", 1)):
@@ -523,7 +523,7 @@ class Training(Folder):
             loss, steps, out = ddpm.diffusion_loss, iter(range(9)), f"begun{code}"
             def interrupted(*inputs):
                 if next(steps) == 3:
-                    signal.raise_signal(number)      # a second one would end it at once
+                    signal.raise_signal(number)  # a second one would end it at once
                     self.assertEqual(signal.getsignal(number), signal.SIG_DFL)
                 return loss(*inputs)
             with mock.patch("ddpm.diffusion_loss", interrupted):
@@ -546,7 +546,7 @@ class Training(Folder):
         self.assertGreater(ddpm.load("runs/mnist/ddpm.pt")["seconds"], 1.19)
         self.refuses("size mismatch", "train --resume --minutes 1 --width 16")
         self.refuses("runs/fashion", "train --resume --dataset fashion")
-        self.refuses("--resume", MOMENT)             # a fresh run never overwrites another
+        self.refuses("--resume", MOMENT)  # a fresh run never overwrites another
 
     def test_a_loss_that_is_no_number_stops_the_run_and_what_was_saved_stays(self):
         self.train(steps=30)
@@ -559,7 +559,7 @@ class Training(Folder):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        def process(rank):                           # as torchrun does it
+        def process(rank):  # as torchrun does it
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2",
                          "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             return subprocess.Popen([sys.executable, PROGRAM, *line.split(), "two"], text=True,
@@ -569,7 +569,7 @@ class Training(Folder):
             self.addCleanup(each.kill)
         said = [each.communicate(timeout=120)[0] for each in both]
         self.assertEqual([each.returncode for each in both], [0, 0])
-        self.assertEqual(said[1], "")                # the first one speaks for both
+        self.assertEqual(said[1], "")  # the first one speaks for both
         one, two = (ddpm.load(f"{run}/ddpm.pt") for run in ("one", "two"))
         self.assertEqual((one["step"], two["step"]), (30, 30))
         for name in one["net"]:
@@ -579,7 +579,7 @@ class Checkpoints(Folder):
     def test_the_file_alone_rebuilds_the_averaged_net_from_python_too(self):
         with contextlib.redirect_stdout(None):
             ddpm.train(data=Path("data"), out=Path("run"), schedule="linear", T=6, width=8,
-                       batch_size=4, epochs=0.1)     # a Path becomes a string
+                       batch_size=4, epochs=0.1)  # a Path becomes a string
             net, config = ddpm.load_net("run/ddpm.pt", "cpu")
         self.assertEqual((config["schedule"], config["T"], config["data"]), ("linear", 6, "data"))
         for name, value in net.state_dict().items():
@@ -596,7 +596,7 @@ class Checkpoints(Folder):
         torch.save({"weights": torch.zeros(3)}, "other.pt")
         for k in range(8):
             Path(f"cut{k}.pt").write_bytes(whole[:len(whole) * k // 8])
-        at = whole.index(run["ema"]["stem.weight"].numpy().tobytes())    # a bit of the weights
+        at = whole.index(run["ema"]["stem.weight"].numpy().tobytes())  # a bit of the weights
         Path("flipped.pt").write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:])
         for path in sorted(Path().glob("*.pt")):
             self.refuses("not whole, or not of this program", "sample --ckpt", path)
@@ -606,7 +606,7 @@ class Checkpoints(Folder):
     def test_the_net_that_came_along_draws_where_there_is_no_run_else_the_newest_run_does(self):
         self.assertIn("mnist.pt (mnist,", self.does("sample --digit 5 --steps 2"))
         ink = self.raw("--digit 1 0 --n 4")["images"].double().mean((1, 2, 3)).view(4, 2)
-        self.assertTrue((ink[:, 0] < ink[:, 1]).all())                   # it draws what is asked
+        self.assertTrue((ink[:, 0] < ink[:, 1]).all())  # it draws what is asked
         self.train(out="runs/old")
         self.train(out="runs/new")
         os.utime("runs/old/ddpm.pt", (1, 1))
@@ -651,18 +651,18 @@ class Evaluation(Folder):
         os.rename("data", "small")
         write_mnist(n=2400)
         self.train()
-        self.train("--cond", "none", out="none")     # it gets no accuracy
+        self.train("--cond", "none", out="none")  # it gets no accuracy
         none = self.figures("evaluate --n 1 --steps 2 --ckpt none/ddpm.pt")
         self.assertEqual(none["samples"][0], "-")
         figures = self.figures("evaluate --n 300 --steps 2 --ckpt runs/mnist/ddpm.pt")
         self.assertGreater(float(figures["real images"][0].strip("%")), 70)
         self.assertLess(float(figures["samples"][0].strip("%")), 40)
         self.assertGreater(figures["samples"][1], 5 * figures["real images"][1])
-        with mock.patch("torch.optim.Adam", None), mock.patch(           # it is learned once
+        with mock.patch("torch.optim.Adam", None), mock.patch(  # it is learned once
                 "ddpm.train_classifier", mock.Mock(side_effect=ddpm.train_classifier)) as learned:
             again = self.figures("evaluate --n 300 --steps 2 --ckpt runs/mnist/ddpm.pt")
         self.assertEqual(again, figures)
-        images = learned.call_args.args[0]           # and not from the images of the floor
+        images = learned.call_args.args[0]  # and not from the images of the floor
         self.assertTrue(torch.equal(images, digits(2400)[:2000]))
 
 class TheCommandLine(Folder):
@@ -683,7 +683,7 @@ class TheCommandLine(Folder):
         with Image.open("noise.png") as sheet:
             small = pil_to_tensor(sheet.resize((332, 302), Image.NEAREST))
         for k in range(10):
-            row = small[:, 30 * k + 2:30 * k + 30]   # 11 images, the first at column 2
+            row = small[:, 30 * k + 2:30 * k + 30]  # 11 images, the first at column 2
             self.assertTrue(torch.equal(row[..., 2:30], digits(120)[k]))
             self.assertGreater(len(row[..., 302:330].unique()), 100)
 
@@ -789,7 +789,7 @@ class Bench(Folder):
             python(PROGRAM, *f"train --minutes 0.4 --out {out} {flags}".split())
             log = ddpm.load(f"{out}/ddpm.pt")["log"][20:]
             print(f"train {flags}: {64 / log[:, 1].diff().median():,.0f} images/s")
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20      # on Linux
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # on Linux
         imports, five = (statistics.median(seconds_of(python, *words) for _ in range(5))
                          for words in (("-c", "import torch, torchvision"),
                                        (PROGRAM, "sample", "--digit", "5", "--gif")))
