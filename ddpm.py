@@ -10,7 +10,7 @@
 
 One file, to be read from top to bottom. Noise is mixed into images (section 1). A network
 learns to split a noisy image into its image and its noise (2, 3). With it, pure noise is
-turned into an image, step by step (4). The rest makes this a tool. To choose as Ho et al.:
+turned into an image, step by step (4). The rest makes this a tool. Ho et al.'s choices:
 
     python ddpm.py train --schedule linear --target eps --loss l2 --timesteps uniform
     python ddpm.py sample --sampler ddpm --guidance 1
@@ -37,15 +37,15 @@ class UserError(ValueError):
 # ---- 1. The forward process: from an image to noise ----------------------------------
 # A schedule is T small numbers β_1..β_T. Step t mixes a little Gaussian noise z into x:
 #     x_t = √(1-β_t)·x_{t-1} + √β_t·z.
-# Variances add: 1-β_t of the old one is kept, and β_t is new. After all steps up to t,
+# A step keeps 1-β_t of the variance of x, and adds β_t. After t steps,
 #     ᾱ_t = (1-β_1)·(1-β_2)·..·(1-β_t)
-# of the image's variance is left. All noise together is one Gaussian, eps, with the rest:
+# of the image's variance is left. The noises add up to one, a standard normal eps:
 #     x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·eps.
 # In the code, ᾱ_t is alpha_bar[t]. alpha_bar[0] is 1: x_0 is the image, without noise.
 
 def linear_betas(T):
     """β from 1e-4 to 0.02 if T is 1000 (Ho et al. 2020). For another T, β is scaled by
-    1000/T, so that x_T is about as noisy."""
+    1000/T: their sum, and so the noise in x_T, stays about the same."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
 
 def cosine_betas(T, s=0.008):
@@ -59,7 +59,7 @@ SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 
 def noise_schedule(name, T):
     """alpha_bar: ᾱ_t for t = 0..T, float32 (T+1,)."""
-    # The last β of the cosine is 1, and nothing at all would be left of the image.
+    # The last β of the cosine is 1. Nothing of the image would be left, and ᾱ_T be 0.
     betas = SCHEDULES[name](T).clamp(max=0.999)
     return torch.cat([torch.ones(1), (1 - betas).cumprod(0)]).float()
 
@@ -78,7 +78,7 @@ def q_sample(x0, t, eps, alpha_bar):
 # 0 near t = T: there, a small error in eps is a huge one in x0. Our network predicts
 #     v = √ᾱ·eps - √(1-ᾱ)·x0    (Salimans & Ho 2022).
 # See a pixel's (x0, eps) as a point in the plane. With √ᾱ = cos φ and √(1-ᾱ) = sin φ,
-# (x_t, v) is that point turned clockwise by φ. Turning it back gives both:
+# (x_t, v) is that point turned clockwise by φ. Turned back, it gives both:
 #     x0 = √ᾱ·x_t - √(1-ᾱ)·v,    eps = √(1-ᾱ)·x_t + √ᾱ·v.
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
@@ -87,8 +87,8 @@ def diffusion_loss(net, x0, y, t, eps, alpha_bar, target="v", loss="huber"):
     """The loss of Ho et al.'s Algorithm 1, a scalar. Target eps and loss l2 are theirs.
     Images x0 and noise eps (B,C,H,W), labels y (B,), t (B,) in 1..T.
 
-    The net predicts v, whatever the target. If v is off by d, then by the formulas above eps
-    is off by √ᾱ·d, and x0 by √(1-ᾱ)·d. So to compare eps or x0 is to weigh d."""
+    The net predicts v, whatever the target. By the formulas above, an error d in v is one of
+    √ᾱ·d in eps, and of √(1-ᾱ)·d in x0. So a target is a weight."""
     signal_rate, noise_rate = rates(alpha_bar, t)
     v = signal_rate * eps - noise_rate * x0
     v_hat = net(q_sample(x0, t, eps, alpha_bar), t, y).float()  # --amp makes it bfloat16
@@ -96,8 +96,8 @@ def diffusion_loss(net, x0, y, t, eps, alpha_bar, target="v", loss="huber"):
     return LOSSES[loss](weight * v_hat, weight * v)
 
 # ---- 3. The network: a U-Net ---------------------------------------------------------
-# The image is halved twice: first each 2x2 pixels are folded into one of 4 channels (fast on
-# a CPU), then by a convolution. It is doubled twice. On the way up, each size also gets what
+# The image is halved twice: first each 2x2 pixels become one pixel of 4 channels (fast on a
+# CPU), then by a convolution. It is doubled twice. On the way up, each size also gets what
 # the way down had at that size, by a "skip" (Ronneberger et al. 2015).
 
 NULL = -1  # the label that says "no label"
@@ -109,7 +109,7 @@ def time_embedding(t, dim):
 
 class ResBlock(nn.Module):
     """x (B,c_in,H,W) -> (B,c_out,H,W): x plus what two convolutions make of it. In between,
-    emb (B,c_emb), of time and label, scales and shifts (Dhariwal & Nichol 2021, sec. 3)."""
+    emb (B,c_emb), of time and label, scales and shifts it (Dhariwal & Nichol 2021, sec. 3)."""
     def __init__(self, c_in, c_out, c_emb):
         super().__init__()
         self.norm1 = nn.GroupNorm(8, c_in)
@@ -134,7 +134,7 @@ class Attention(nn.Module):
         self.attention = nn.MultiheadAttention(c, num_heads=4, batch_first=True)
 
     def forward(self, x):
-        h = self.norm(x).flatten(2).transpose(1, 2)             # (B, H·W, c)
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, c)
         h, _ = self.attention(h, h, h)
         return x + h.transpose(1, 2).reshape(x.shape)
 
@@ -155,24 +155,23 @@ class UNet(nn.Module):
         self.up2 = ResBlock(2 * w + 2 * w, 2 * w, c_emb)  # 2w are the skip's
         self.up1 = ResBlock(2 * w + w, w, c_emb)  # w are the skip's
         self.norm = nn.GroupNorm(8, w)
-        self.unfold = nn.Conv2d(w, 4 * 8, 3, padding=1)
+        self.unfold = nn.Conv2d(w, 4 * 8, 3, padding=1)  # 8 for each of 2x2 pixels
         self.last = nn.Conv2d(8 + channels, channels, 3, padding=1)
-        nn.init.zeros_(self.last.weight)  # at first, v is all but 0
+        nn.init.zeros_(self.last.weight)  # at first, v is almost 0
 
     def forward(self, x, t, y):
         emb = F.silu(self.time(time_embedding(t, self.width)) + self.label(y + 1))
 
-        h1 = self.down1(self.stem(F.pixel_unshuffle(x, 2)), emb)    # (B, w, H/2, W/2)
-        h2 = self.down2(self.halve(h1), emb)                        # (B, 2w, H/4, W/4)
-        h = self.middle(self.attention(h2), emb)                    # (B, 2w, H/4, W/4)
+        h1 = self.down1(self.stem(F.pixel_unshuffle(x, 2)), emb)  # (B, w, H/2, W/2)
+        h2 = self.down2(self.halve(h1), emb)  # (B, 2w, H/4, W/4)
+        h = self.middle(self.attention(h2), emb)
         h = self.up2(torch.cat([h, h2], dim=1), emb)
-        h = F.interpolate(h, scale_factor=2)                        # (B, 2w, H/2, W/2)
-        h = self.up1(torch.cat([h, h1], dim=1), emb)                # (B, w, H/2, W/2)
+        h = F.interpolate(h, scale_factor=2)  # (B, 2w, H/2, W/2)
+        h = self.up1(torch.cat([h, h1], dim=1), emb)  # (B, w, H/2, W/2)
 
-        # Unfold to single pixels. The last convolution sees x itself, too: detail finer than
-        # 2x2 was lost in the folding.
-        h = F.pixel_shuffle(self.unfold(F.silu(self.norm(h))), 2)   # (B, 8, H, W)
-        return self.last(torch.cat([h, x], dim=1))                  # (B, C, H, W)
+        # Unfold to single pixels. The last convolution sees x, too, for its finest detail.
+        h = F.pixel_shuffle(self.unfold(F.silu(self.norm(h))), 2)  # (B, 8, H, W)
+        return self.last(torch.cat([h, x], dim=1))
 
 # ---- 4. Sampling: from noise to an image ---------------------------------------------
 # Predict the image in x_t. All else in x_t is noise. Mix both anew, with less noise, and
@@ -201,13 +200,14 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, rng
     """Yield x_t (B,C,H,W) on its way from noise to images of the labels y, 1 + steps times.
 
     Every sampler takes ddim's step (Song et al. 2021, eq. 12). dpm improves the x0 in it.
-    ddpm adds noise, drawn by rng on the CPU, and so is Ho et al.'s Algorithm 2."""
+    ddpm adds noise by rng, and with T steps is Ho et al.'s Algorithm 2. rng is on the CPU:
+    a seed gives the same images on every device."""
     T = len(alpha_bar) - 1
     steps = min(T, steps or SAMPLERS[sampler])
     ts = [T - T * i // steps for i in range(steps + 1)]  # from T down to 0
     signal_rates = alpha_bar.sqrt().tolist()  # as plain numbers, for all t
     noise_rates = (1 - alpha_bar).sqrt().tolist()
-    lam = (alpha_bar.logit() / 2).tolist()  # log(signal_rate / noise_rate)
+    lam = (alpha_bar.logit() / 2).tolist()  # λ = log(signal_rate / noise_rate)
 
     x = noise
     yield x
@@ -215,8 +215,8 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, rng
         x0_hat = predict_x0(net, x, t, y, alpha_bar, guidance)
 
         # dpm (DPM-Solver++, Lu et al. 2022, alg. 2): x0_hat changes during a step. Draw a
-        # line through the last two, over their λ, lam, and read it off in the middle of the
-        # coming step. The first step has none before it, the last ends at an infinite λ.
+        # line through the last two x0_hat, over λ, and read it off in the middle of the step.
+        # The first step, at T, has no x0_before. The last one ends at an infinite λ.
         x0_step = x0_hat
         if sampler == "dpm" and t < T and t_next > 0:
             slope = (x0_hat - x0_before) / (lam[t] - lam[t_before])
@@ -230,9 +230,9 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, rng
         eps_hat = (x - signal_rates[t] * x0_step) / noise_rates[t]
         sigma = 0.0
         if sampler == "ddpm":
-            beta = 1 - (signal_rates[t] / signal_rates[t_next]) ** 2  # of t_next+1..t
+            beta = 1 - (signal_rates[t] / signal_rates[t_next]) ** 2  # of t_next+1..t as one
             sigma = noise_rates[t_next] / noise_rates[t] * beta ** 0.5
-        kept = max(0.0, noise_rates[t_next] ** 2 - sigma ** 2) ** 0.5  # max: rounding
+        kept = max(0.0, noise_rates[t_next] ** 2 - sigma ** 2) ** 0.5  # not below 0
 
         z = torch.randn(x.shape, generator=rng).to(x)
         x = signal_rates[t_next] * x0_step + kept * eps_hat + sigma * z
@@ -244,7 +244,7 @@ def to_uint8(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).byte().cpu()
 
 def grid(images, columns):
-    """Images, uint8 (n,C,H,W), so many to a row: one PIL image, enlarged if small."""
+    """Images, uint8 (n,C,H,W), in so many columns: one PIL image, enlarged if small."""
     sheet = make_grid(images, nrow=columns)
     sheet = to_pil_image(sheet[:images.shape[1]])  # make_grid turns grey into RGB
     scale = max(1, min(8, 800 // max(sheet.size)))
@@ -272,8 +272,8 @@ DATASETS = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST,
             "cifar10": datasets.CIFAR10}
 
 def load_data(dataset, data, size=0, train=True):
-    """Images, uint8 (N,C,size,size), labels (N,), and the names of the classes, downloaded
-    into the folder data if need be. Size 0 is 28, or 32 for cifar10."""
+    """Images, uint8 (N,C,size,size), labels (N,), and the names of the classes. What is not
+    in the folder data is downloaded. Size 0 is 28, or 32 for cifar10."""
     size = size or (32 if dataset == "cifar10" else 28)
     fit = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size),
                               transforms.PILToTensor()])
@@ -281,9 +281,8 @@ def load_data(dataset, data, size=0, train=True):
         source = DATASETS[dataset](data, train=train, download=True, transform=fit)
         images, labels = zip(*progress(source, len(source), f"reading {dataset}"))
     except Exception as error:
-        cause = f"{type(error).__name__}: {error}"
-        raise UserError(f"cannot read {dataset} in {data} ({cause}). If it is damaged there, "
-                        "delete it, and it is downloaded again") from error
+        raise UserError(f"cannot read {dataset} in {data}: {type(error).__name__}, {error}. If it "
+                        f"is damaged, delete its folder in {data}, to download again") from error
     classes = source.classes
     if dataset == "mnist":  # where they are "0 - zero" and so on
         classes = [str(digit) for digit in range(10)]
@@ -292,17 +291,17 @@ def load_data(dataset, data, size=0, train=True):
 # ---- 7. Training ---------------------------------------------------------------------
 def draw_timesteps(n, T, timesteps, device):
     """n steps t in 1..T, int64 (n,). Those in the middle teach most: by "logit-normal",
-    t/T is the sigmoid of a normal number (Esser et al. 2024), here towards the noise."""
+    t/T is the sigmoid of a normal number (Esser et al. 2024), here with more noise."""
     if timesteps == "logit-normal":
         u = torch.sigmoid(0.5 + torch.randn(n, device=device))
     else:
         u = torch.rand(n, device=device)
-    return 1 + (u * T).long().clamp(max=T - 1)
+    return 1 + (u * T).long().clamp(max=T - 1)  # u can be rounded to 1
 
 @torch.no_grad()
 def update_average(ema, net, step):
-    """ema is a moving average of net, and draws better: of about the last tenth of all
-    steps, and of about the last 1,000 at most."""
+    """ema, a moving average of net, is less noisy and draws better. It spans about the
+    last tenth of the steps so far, at most 1,000."""
     for average, new in zip(ema.parameters(), net.parameters()):
         average.lerp_(new, max(0.001, 9 / (9 + step)))
 
@@ -311,7 +310,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
           timesteps="logit-normal", width=32, epochs=10, batch_size=64, lr=3e-3, amp=False,
           seed=0, resume=False):
     """Learn to draw a data set."""
-    flags = {name: value for name, value in locals().items()  # for the checkpoint
+    flags = {name: value for name, value in locals().items()  # first of all
              if name not in ("data", "out", "device", "resume")}
     path = Path(f"runs/{dataset}" if out == "auto" else out, "ddpm.pt")
     if path.exists() and not resume:
@@ -364,8 +363,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 error = diffusion_loss(net, x0, y, t, eps, alpha_bar, target, loss)
 
-            # A step of the optimizer. The learning rate rises for 100 steps, and falls in a
-            # line to 0 at the end.
+            # A step of the optimizer. The rate rises for 100 steps, and falls to 0 at the end.
             optimizer.zero_grad()
             error.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -376,7 +374,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
             update_average(ema, net, step)
             losses.append(error.detach())
 
-        # After each epoch: a line of loss, a checkpoint (whole or not at all), a picture
+        # After each epoch: a line of loss, a checkpoint, a picture
         mean = torch.stack(losses).mean().item()
         seconds = time.time() - began
         if not math.isfinite(mean):
@@ -386,7 +384,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
         run |= {name: part.state_dict() for name, part in parts.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(run, f"{path}.part")
-        Path(f"{path}.part").replace(path)
+        Path(f"{path}.part").replace(path)  # whole or not at all
         with open(path.with_name("log.csv"), "a") as log:
             header = "epoch,step,loss,seconds\n" if epoch == 1 else ""
             log.write(f"{header}{epoch},{step},{mean:.6f},{seconds:.1f}\n")
@@ -399,19 +397,19 @@ def pick_device(name):
         gpu = torch.accelerator.is_available()
         name = torch.accelerator.current_accelerator() if gpu else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        return torch.zeros(1, device=name).device  # fails if there is none
     except Exception as error:
         raise UserError(f"there is no device {name} here: {error}") from error
 
 def load_net(ckpt="auto", device="auto"):
-    """A checkpoint's averaged net, its alpha_bar, and the checkpoint. "auto" is your
-    runs/mnist/ddpm.pt, or if there is none, the one that comes with this file."""
+    """A checkpoint's averaged net, its alpha_bar, and the checkpoint. "auto" is
+    runs/mnist/ddpm.pt, or if there is none, the one that comes along."""
     if ckpt == "auto":
         own = Path("runs/mnist/ddpm.pt")
         ckpt = own if own.exists() else Path(__file__).parent / "assets/mnist.pt"
         print(f"the net is {ckpt}", flush=True)
     try:
-        # weights_only: tensors, numbers, strings. No code in the file runs.
+        # weights_only: tensors, numbers, strings. A pickle's code does not run.
         checkpoint = torch.load(ckpt, map_location="cpu", weights_only=True)
         flags = checkpoint["flags"]
         net = UNet(checkpoint["shape"][0], len(checkpoint["classes"]), flags["width"])
@@ -433,7 +431,7 @@ def sample(ckpt="auto", device="auto", seed=0, digit=(), same_style=False, n=1,
         if str(name) not in classes:
             raise UserError(f"no class {name}: the net knows {', '.join(classes) or 'none'}")
 
-    # A row is an image of each class. There are n rows.
+    # n rows, in each an image of each class; of one class, or none (NULL), ten in a row
     row = [classes.index(str(name)) for name in digit or classes] or [NULL]
     y = torch.tensor(row * n, device=alpha_bar.device)
     columns = len(row) if len(row) > 1 else 10
@@ -445,8 +443,8 @@ def sample(ckpt="auto", device="auto", seed=0, digit=(), same_style=False, n=1,
         noise = noise[:, :1].expand_as(noise)
     noise = noise.flatten(0, 1).to(y.device)
 
-    # ddpm's noise has a seed of its own in each step, so that the first image is the same,
-    # however many are drawn. Of all states, some 40 are kept for the GIF.
+    # The loop's body runs between steps. It seeds ddpm's noise anew, so that the first image
+    # is the same, however many are drawn. Some 40 states are kept for the GIF.
     steps = min(steps or SAMPLERS[sampler], len(alpha_bar) - 1)
     states = generate(net, y, noise, alpha_bar, sampler, steps,
                       guidance if classes else 1.0, rng)
@@ -479,12 +477,12 @@ def forward(dataset="mnist", data="data", size=0, schedule="cosine", T=1000, see
 
 # ---- 9. The command line: each command is a function, with its arguments as flags ----
 FLAGS = {  # the meaning of each, and its choices or its least value
-    "dataset": ("what to learn, or to show", DATASETS),
-    "data": ("folder with the data sets, downloaded if need be", None),
-    "size": ("pixels a side, divisible by 4; 0: 28, or 32 for cifar10", 0),
+    "dataset": ("what to learn or show", DATASETS),
+    "data": ("folder of the data sets", None),
+    "size": ("pixels a side, divisible by 4; 0: 28, cifar10 32", 0),
     "out": ("what to write, a PNG or a folder; auto: runs/DATASET", None),
-    "ckpt": ("net to draw with; auto: runs/mnist/ddpm.pt, or the one included", None),
-    "device": ("cpu, cuda, mps, or auto: a GPU, if there is one", None),
+    "ckpt": ("net to draw with; auto: runs/mnist/ddpm.pt, else the included", None),
+    "device": ("cpu, cuda, mps; auto: a GPU, if there is one", None),
     "T": ("steps from an image to noise", 2),
     "schedule": ("how the noise grows", SCHEDULES),
     "target": ("what the loss compares", ["eps", "v", "x0"]),
@@ -498,17 +496,17 @@ FLAGS = {  # the meaning of each, and its choices or its least value
     "amp": ("compute in bfloat16", None),
     "seed": ("start of all random numbers", 0),
     "resume": ("go on with the run in --out, by its own flags", None),
-    "digit": ("classes of a row, in this order, if not all", None),
-    "same_style": ("each row in one handwriting (not by ddpm, which adds new noise)", None),
+    "digit": ("classes of a row, if not all", None),
+    "same_style": ("one handwriting a row (not by ddpm)", None),
     "n": ("images of each class", 1),
     "sampler": ("way from noise to an image", SAMPLERS),
-    "steps": ("steps of the sampler; 0: T for ddpm, 50 for ddim, 20 for dpm", 0),
+    "steps": ("steps of the sampler; 0: ddpm T, ddim 50, dpm 20", 0),
     "guidance": ("0 ignores the label, 1 follows it, more exaggerates it", 0),
     "gif": ("write an animation, too", None),
 }
 
 def main(argv=None):
-    """Run a command line. Only flags that are named are passed on."""
+    """Run a command line. Only flags that are given are passed on."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -539,7 +537,7 @@ def main(argv=None):
         for name, value in flags.items():
             least = FLAGS[name][1]
             if isinstance(least, int) and not least <= value < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} {value} is below {least}")
+                raise UserError(f"--{name.replace('_', '-')} {value} is below {least} or no number")
         function(**flags)
     except (UserError, OSError) as error:
         parser.error(" ".join(str(error).split()))
