@@ -37,8 +37,7 @@ assets: $(READY)
 	$(DRAW) assets/same.png --digit 2 0 2 6 --same-style --n 6
 	set -e; for g in 0 1 3 8; do $(DRAW) assets/guidance-$$g.png --guidance $$g --digit 2 3 5 8 --n 3; done
 	set -e; for k in 2 5 20; do $(DRAW) assets/steps-$$k.png --steps $$k --digit 2 3 5 8 --n 3; done
-	$(PY) ddpm.py forward --data $(DATA) --schedule linear --out assets/forward-linear.png
-	$(PY) ddpm.py forward --data $(DATA) --out assets/forward-cosine.png
+	set -e; for s in linear cosine; do $(PY) ddpm.py forward --data $(DATA) --schedule $$s --out assets/forward-$$s.png; done
 
 clean:
 	rm -rf .venv __pycache__ samples.png samples.gif noise.png noise.gif

@@ -275,8 +275,8 @@ def load_data(dataset, data, size=0, train=True):
     """Images, uint8 (N,C,size,size), labels (N,), and the names of the classes. What is not
     in the folder data is downloaded. Size 0 is 28, or 32 for cifar10."""
     size = size or (32 if dataset == "cifar10" else 28)
-    fit = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size),
-                              transforms.PILToTensor()])
+    crop = [transforms.Resize(size), transforms.CenterCrop(size)]
+    fit = transforms.Compose([*crop, transforms.PILToTensor()])
     try:
         source = DATASETS[dataset](data, train=train, download=True, transform=fit)
         images, labels = zip(*progress(source, len(source), f"reading {dataset}"))
@@ -310,13 +310,13 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
           timesteps="logit-normal", width=32, epochs=10, batch_size=64, lr=3e-3, amp=False,
           seed=0, resume=False):
     """Learn to draw a data set."""
-    flags = {name: value for name, value in locals().items()  # first of all
-             if name not in ("data", "out", "device", "resume")}
+    flags = {k: v for k, v in locals().items()  # these are the arguments
+             if k not in ("data", "out", "device", "resume")}
     path = Path(f"runs/{dataset}" if out == "auto" else out, "ddpm.pt")
     if path.exists() and not resume:
         raise UserError(f"{path} exists: go on by --resume, or name another --out")
     if size % 4 or width % 8:
-        raise UserError("--size has to be divisible by 4, and --width by 8")
+        raise UserError("--size must be divisible by 4, --width by 8")
 
     device = pick_device(device)
     print(f"reading {dataset} in {data}", flush=True)
@@ -326,7 +326,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
         classes = []
     shape = list(images.shape[1:])
 
-    # The net, a moving average of it, and the optimizer: new, or those of the run
+    # The net, its average, and the optimizer: new, or those of the run
     torch.manual_seed(seed)
     net = UNet(shape[0], len(classes), width).to(device)
     ema = copy.deepcopy(net)
@@ -350,7 +350,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
     for epoch in range(run["epoch"] + 1, epochs + 1):
         began = time.time()
         losses = []
-        torch.manual_seed(1000 * seed + epoch)  # a resumed run gets the same numbers
+        torch.manual_seed(1000 * seed + epoch)  # the same when resumed
         batches = torch.randperm(len(images)).split(batch_size)
         for index in progress(batches, len(batches), f"epoch {epoch} of {epochs}"):
             # Algorithm 1: images, a t for each, noise. A tenth of the labels is dropped:
@@ -363,7 +363,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 error = diffusion_loss(net, x0, y, t, eps, alpha_bar, target, loss)
 
-            # A step of the optimizer. The rate rises for 100 steps, and falls to 0 at the end.
+            # A step of the optimizer. The rate rises for 100 steps, and falls to 0.
             optimizer.zero_grad()
             error.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -537,7 +537,8 @@ def main(argv=None):
         for name, value in flags.items():
             least = FLAGS[name][1]
             if isinstance(least, int) and not least <= value < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} {value} is below {least} or no number")
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {value} is below {least}, or no number")
         function(**flags)
     except (UserError, OSError) as error:
         parser.error(" ".join(str(error).split()))
