@@ -12,8 +12,8 @@ One file, to be read from top to bottom. Noise is mixed into images (section 1).
 learns to split a noisy image into its image and its noise (2, 3). With it, pure noise is
 turned into an image, step by step (4). The rest makes this a tool. Ho et al.'s choices:
 
-    python ddpm.py train --schedule linear --target eps --loss l2 --timesteps uniform
-    python ddpm.py sample --sampler ddpm --guidance 1
+    python ddpm.py train --cond none --schedule linear --target eps --loss l2 --timesteps uniform
+    python ddpm.py sample --sampler ddpm
 """
 import argparse
 import copy
@@ -45,7 +45,7 @@ class UserError(ValueError):
 
 def linear_betas(T):
     """β from 1e-4 to 0.02 if T is 1000 (Ho et al. 2020). For another T, β is scaled by
-    1000/T: their sum, and so the noise in x_T, stays about the same."""
+    1000/T: their sum, and if T is not small the noise in x_T, stays the same."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
 
 def cosine_betas(T, s=0.008):
@@ -59,7 +59,7 @@ SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 
 def noise_schedule(name, T):
     """alpha_bar: ᾱ_t for t = 0..T, float32 (T+1,)."""
-    # The last β of the cosine is 1. Nothing of the image would be left, and ᾱ_T be 0.
+    # The cosine's last β is 1, and so ᾱ_T would be 0. linear's exceed 1 if T is below 20.
     betas = SCHEDULES[name](T).clamp(max=0.999)
     return torch.cat([torch.ones(1), (1 - betas).cumprod(0)]).float()
 
@@ -135,7 +135,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H·W, c)
-        h, _ = self.attention(h, h, h)
+        h, _ = self.attention(h, h, h, need_weights=False)
         return x + h.transpose(1, 2).reshape(x.shape)
 
 class UNet(nn.Module):
@@ -169,7 +169,7 @@ class UNet(nn.Module):
         h = F.interpolate(h, scale_factor=2)  # (B, 2w, H/2, W/2)
         h = self.up1(torch.cat([h, h1], dim=1), emb)  # (B, w, H/2, W/2)
 
-        # Unfold to single pixels. The last convolution sees x, too, for its finest detail.
+        # Unfold to single pixels. The last convolution sees x, too: all above worked on 2x2.
         h = F.pixel_shuffle(self.unfold(F.silu(self.norm(h))), 2)  # (B, 8, H, W)
         return self.last(torch.cat([h, x], dim=1))
 
@@ -234,8 +234,9 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, rng
             sigma = noise_rates[t_next] / noise_rates[t] * beta ** 0.5
         kept = max(0.0, noise_rates[t_next] ** 2 - sigma ** 2) ** 0.5  # not below 0
 
-        z = torch.randn(x.shape, generator=rng).to(x)
-        x = signal_rates[t_next] * x0_step + kept * eps_hat + sigma * z
+        x = signal_rates[t_next] * x0_step + kept * eps_hat
+        if sigma:
+            x = x + sigma * torch.randn(x.shape, generator=rng).to(x)
         yield x
 
 # ---- 5. Pictures and progress --------------------------------------------------------
@@ -260,12 +261,14 @@ def save_gif(path, frames, columns):
 def progress(items, total, text):
     """Pass items on. On a terminal, show how much time is left."""
     began = time.time()
+    shown = ""
     for done, item in enumerate(items, start=1):
         yield item
-        if sys.stdout.isatty():
-            left = round((time.time() - began) / done * (total - done))
-            line = f"{text}, {left // 60}:{left % 60:02} left" if done < total else ""
-            print(f"\r{line}\033[K", end="", flush=True)
+        left = round((time.time() - began) / done * (total - done))
+        line = f"{text}, {left // 60}:{left % 60:02} left" if done < total else ""
+        if sys.stdout.isatty() and line != shown:
+            print(f"\r{line:50}\r", end="", flush=True)
+            shown = line
 
 # ---- 6. Data -------------------------------------------------------------------------
 DATASETS = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST,
@@ -275,8 +278,7 @@ def load_data(dataset, data, size=0, train=True):
     """Images, uint8 (N,C,size,size), labels (N,), and the names of the classes. What is not
     in the folder data is downloaded. Size 0 is 28, or 32 for cifar10."""
     size = size or (32 if dataset == "cifar10" else 28)
-    crop = [transforms.Resize(size), transforms.CenterCrop(size)]
-    fit = transforms.Compose([*crop, transforms.PILToTensor()])
+    fit = transforms.Compose([transforms.Resize((size, size)), transforms.PILToTensor()])
     try:
         source = DATASETS[dataset](data, train=train, download=True, transform=fit)
         images, labels = zip(*progress(source, len(source), f"reading {dataset}"))
@@ -300,8 +302,7 @@ def draw_timesteps(n, T, timesteps, device):
 
 @torch.no_grad()
 def update_average(ema, net, step):
-    """ema, a moving average of net, is less noisy and draws better. It spans about the
-    last tenth of the steps so far, at most 1,000."""
+    """ema, net's average over about its last tenth of steps, at most 1,000, draws better."""
     for average, new in zip(ema.parameters(), net.parameters()):
         average.lerp_(new, max(0.001, 9 / (9 + step)))
 
@@ -310,14 +311,14 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
           timesteps="logit-normal", width=32, epochs=10, batch_size=64, lr=3e-3, amp=False,
           seed=0, resume=False):
     """Learn to draw a data set."""
-    flags = {k: v for k, v in locals().items()  # these are the arguments
+    flags = {k: v for k, v in locals().copy().items()  # these are the arguments
              if k not in ("data", "out", "device", "resume")}
     path = Path(f"runs/{dataset}" if out == "auto" else out, "ddpm.pt")
     if path.exists() and not resume:
         raise UserError(f"{path} exists: go on by --resume, or name another --out")
     if size % 4 or width % 8:
         raise UserError("--size must be divisible by 4, --width by 8")
-
+    path.parent.mkdir(parents=True, exist_ok=True)
     device = pick_device(device)
     print(f"reading {dataset} in {data}", flush=True)
     images, labels, classes = load_data(dataset, data, size)
@@ -332,20 +333,23 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
     ema = copy.deepcopy(net)
     optimizer = torch.optim.AdamW(net.parameters())
     parts = {"net": net, "ema": ema, "optimizer": optimizer}
-    run = {"shape": shape, "classes": classes, "flags": flags, "epoch": 0, "step": 0}
+    run = {"shape": shape, "classes": classes, "epoch": 0}
     if resume:
         _, _, run = load_net(path, device)
         if (run["shape"], run["classes"], run["flags"]["width"]) != (shape, classes, width):
-            raise UserError(f"{path} has another --width, --size or --cond")
+            raise UserError(f"{path} has another --dataset, --size, --cond or --width")
+        if "optimizer" not in run:
+            raise UserError(f"{path} is for drawing only")
         for name, part in parts.items():
             part.load_state_dict(run[name])
 
     alpha_bar = noise_schedule(schedule, T).to(device)
-    step = run["step"]
-    total = epochs * math.ceil(len(images) / batch_size)
+    per_epoch = math.ceil(len(images) / batch_size)
+    step = run["epoch"] * per_epoch
+    total = epochs * per_epoch
     print(f"{len(images):,} images, {total:,} steps on {device}", flush=True)
     if run["epoch"] >= epochs:
-        print(f"all {epochs} epochs are done: --resume --epochs {2 * epochs} goes on")
+        print(f"it has learned {run['epoch']} epochs: --resume --epochs {2 * run['epoch']} goes on")
 
     for epoch in range(run["epoch"] + 1, epochs + 1):
         began = time.time()
@@ -382,14 +386,13 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
         print(f"epoch {epoch}: loss {mean:.4f}, {seconds:.0f} s", flush=True)
         run |= {"flags": flags, "epoch": epoch, "step": step}
         run |= {name: part.state_dict() for name, part in parts.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(run, f"{path}.part")
         Path(f"{path}.part").replace(path)  # whole or not at all
         with open(path.with_name("log.csv"), "a") as log:
             header = "epoch,step,loss,seconds\n" if epoch == 1 else ""
             log.write(f"{header}{epoch},{step},{mean:.6f},{seconds:.1f}\n")
-        picture = path.with_name(f"epoch-{epoch:03}.png")
-        sample(path, device, digit=classes[:10], n=5 if classes else 50, out=picture)
+        sample(path, device, digit=classes[:10], n=5 if classes else 50,
+               out=path.with_name(f"epoch-{epoch:03}.png"))
 
 def pick_device(name):
     """The torch.device of that name. "auto" is a GPU, if there is one."""
@@ -412,13 +415,12 @@ def load_net(ckpt="auto", device="auto"):
         # weights_only: tensors, numbers, strings. A pickle's code does not run.
         checkpoint = torch.load(ckpt, map_location="cpu", weights_only=True)
         flags = checkpoint["flags"]
+        alpha_bar = noise_schedule(flags["schedule"], flags["T"])
         net = UNet(checkpoint["shape"][0], len(checkpoint["classes"]), flags["width"])
         net.load_state_dict(checkpoint["ema"])
     except Exception as error:
-        name = type(error).__name__
-        raise UserError(f"{ckpt} is no checkpoint of ddpm.py, or damaged ({name})") from error
+        raise UserError(f"{ckpt} is no checkpoint ({type(error).__name__})") from error
     device = pick_device(device)
-    alpha_bar = noise_schedule(flags["schedule"], flags["T"])
     return net.to(device).eval(), alpha_bar.to(device), checkpoint
 
 # ---- 8. Drawing ----------------------------------------------------------------------
@@ -480,7 +482,7 @@ FLAGS = {  # the meaning of each, and its choices or its least value
     "dataset": ("what to learn or show", DATASETS),
     "data": ("folder of the data sets", None),
     "size": ("pixels a side, divisible by 4; 0: 28, cifar10 32", 0),
-    "out": ("what to write, a PNG or a folder; auto: runs/DATASET", None),
+    "out": ("what to write: a PNG, or a folder (auto: runs/DATASET)", None),
     "ckpt": ("net to draw with; auto: runs/mnist/ddpm.pt, else the included", None),
     "device": ("cpu, cuda, mps; auto: a GPU, if there is one", None),
     "T": ("steps from an image to noise", 2),
@@ -495,7 +497,7 @@ FLAGS = {  # the meaning of each, and its choices or its least value
     "lr": ("highest learning rate", 0),
     "amp": ("compute in bfloat16", None),
     "seed": ("start of all random numbers", 0),
-    "resume": ("go on with the run in --out, by its own flags", None),
+    "resume": ("go on with the run in --out, by its flags but --data, --device", None),
     "digit": ("classes of a row, if not all", None),
     "same_style": ("one handwriting a row (not by ddpm)", None),
     "n": ("images of each class", 1),
@@ -507,8 +509,8 @@ FLAGS = {  # the meaning of each, and its choices or its least value
 
 def main(argv=None):
     """Run a command line. Only flags that are given are passed on."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for function in (train, sample, forward):
         command = commands.add_parser(function.__name__, help=function.__doc__,
@@ -516,8 +518,8 @@ def main(argv=None):
         command.set_defaults(function=function)
         for name, parameter in inspect.signature(function).parameters.items():
             words, values = FLAGS[name]
-            default = parameter.default
             flag = "--" + name.replace("_", "-")
+            default = parameter.default
             if default is False:
                 command.add_argument(flag, action="store_true", help=words)
             elif default == ():
@@ -537,8 +539,7 @@ def main(argv=None):
         for name, value in flags.items():
             least = FLAGS[name][1]
             if isinstance(least, int) and not least <= value < math.inf:
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} {value} is below {least}, or no number")
+                raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
         function(**flags)
     except (UserError, OSError) as error:
         parser.error(" ".join(str(error).split()))
