@@ -39,13 +39,13 @@ class UserError(ValueError):
 #     x_t = √(1-β_t)·x_{t-1} + √β_t·z.
 # A step keeps 1-β_t of the variance of x, and adds β_t. After t steps,
 #     ᾱ_t = (1-β_1)·(1-β_2)·..·(1-β_t)
-# of the image's variance is left. The noises add up to one, a standard normal eps:
+# of the image's variance is left. All the noise together is a multiple of a normal eps:
 #     x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·eps.
 # In the code, ᾱ_t is alpha_bar[t]. alpha_bar[0] is 1: x_0 is the image, without noise.
 
 def linear_betas(T):
     """β from 1e-4 to 0.02 if T is 1000 (Ho et al. 2020). For another T, β is scaled by
-    1000/T: their sum, and if T is not small the noise in x_T, stays the same."""
+    1000/T: their sum stays the same, and so, if T is not small, does x_T's noise."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
 
 def cosine_betas(T, s=0.008):
@@ -59,7 +59,7 @@ SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 
 def noise_schedule(name, T):
     """alpha_bar: ᾱ_t for t = 0..T, float32 (T+1,)."""
-    # The cosine's last β is 1, and so ᾱ_T would be 0. linear's exceed 1 if T is below 20.
+    # The cosine's last β is 1: ᾱ_T would be 0. The linear ones pass 1 if T is below 20.
     betas = SCHEDULES[name](T).clamp(max=0.999)
     return torch.cat([torch.ones(1), (1 - betas).cumprod(0)]).float()
 
@@ -87,8 +87,8 @@ def diffusion_loss(net, x0, y, t, eps, alpha_bar, target="v", loss="huber"):
     """The loss of Ho et al.'s Algorithm 1, a scalar. Target eps and loss l2 are theirs.
     Images x0 and noise eps (B,C,H,W), labels y (B,), t (B,) in 1..T.
 
-    The net predicts v, whatever the target. By the formulas above, an error d in v is one of
-    √ᾱ·d in eps, and of √(1-ᾱ)·d in x0. So a target is a weight."""
+    The net predicts v, whatever the target. By the formulas above, if v is off by d, eps is
+    off by √ᾱ·d and x0 by √(1-ᾱ)·d. So a target is a weight."""
     signal_rate, noise_rate = rates(alpha_bar, t)
     v = signal_rate * eps - noise_rate * x0
     v_hat = net(q_sample(x0, t, eps, alpha_bar), t, y).float()  # --amp makes it bfloat16
@@ -181,7 +181,7 @@ class UNet(nn.Module):
 SAMPLERS = {"ddpm": math.inf, "ddim": 50, "dpm": 20}  # the steps each takes, T at most
 
 def predict_x0(net, x, t, y, alpha_bar, guidance=1.0):
-    """The images (B,C,H,W) that the net sees in x = x_t, at one t for all, in [-1,1].
+    """The images (B,C,H,W), in [-1,1], that the net sees in x = x_t. One t for all.
 
     Classifier-free guidance (Ho & Salimans 2022; their w is this minus 1) goes from v without
     a label towards v with it: 0 ignores the label, 1 follows it, more exaggerates it."""
@@ -207,7 +207,7 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, rng
     ts = [T - T * i // steps for i in range(steps + 1)]  # from T down to 0
     signal_rates = alpha_bar.sqrt().tolist()  # as plain numbers, for all t
     noise_rates = (1 - alpha_bar).sqrt().tolist()
-    lam = (alpha_bar.logit() / 2).tolist()  # λ = log(signal_rate / noise_rate)
+    lam = (alpha_bar.logit() / 2).tolist()  # λ = log(√ᾱ / √(1-ᾱ))
 
     x = noise
     yield x
@@ -230,9 +230,9 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, rng
         eps_hat = (x - signal_rates[t] * x0_step) / noise_rates[t]
         sigma = 0.0
         if sampler == "ddpm":
-            beta = 1 - (signal_rates[t] / signal_rates[t_next]) ** 2  # of t_next+1..t as one
+            beta = 1 - (signal_rates[t] / signal_rates[t_next]) ** 2  # of t_next..t as one step
             sigma = noise_rates[t_next] / noise_rates[t] * beta ** 0.5
-        kept = max(0.0, noise_rates[t_next] ** 2 - sigma ** 2) ** 0.5  # not below 0
+        kept = max(0.0, noise_rates[t_next] ** 2 - sigma ** 2) ** 0.5  # 0 if rounded below
 
         x = signal_rates[t_next] * x0_step + kept * eps_hat
         if sigma:
@@ -275,8 +275,8 @@ DATASETS = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST,
             "cifar10": datasets.CIFAR10}
 
 def load_data(dataset, data, size=0, train=True):
-    """Images, uint8 (N,C,size,size), labels (N,), and the names of the classes. What is not
-    in the folder data is downloaded. Size 0 is 28, or 32 for cifar10."""
+    """Images, uint8 (N,C,size,size), labels (N,), and the names of the classes. If they are
+    not in the folder data, they are downloaded. Size 0 is 28, or 32 for cifar10."""
     size = size or (32 if dataset == "cifar10" else 28)
     fit = transforms.Compose([transforms.Resize((size, size)), transforms.PILToTensor()])
     try:
@@ -293,7 +293,7 @@ def load_data(dataset, data, size=0, train=True):
 # ---- 7. Training ---------------------------------------------------------------------
 def draw_timesteps(n, T, timesteps, device):
     """n steps t in 1..T, int64 (n,). Those in the middle teach most: by "logit-normal",
-    t/T is the sigmoid of a normal number (Esser et al. 2024), here with more noise."""
+    t/T is the sigmoid of a normal number (Esser et al. 2024), here of mean 0.5."""
     if timesteps == "logit-normal":
         u = torch.sigmoid(0.5 + torch.randn(n, device=device))
     else:
@@ -302,7 +302,7 @@ def draw_timesteps(n, T, timesteps, device):
 
 @torch.no_grad()
 def update_average(ema, net, step):
-    """ema, net's average over about its last tenth of steps, at most 1,000, draws better."""
+    """ema averages net's last steps: about a tenth of all, at most 1,000. It draws better."""
     for average, new in zip(ema.parameters(), net.parameters()):
         average.lerp_(new, max(0.001, 9 / (9 + step)))
 
@@ -311,7 +311,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
           timesteps="logit-normal", width=32, epochs=10, batch_size=64, lr=3e-3, amp=False,
           seed=0, resume=False):
     """Learn to draw a data set."""
-    flags = {k: v for k, v in locals().copy().items()  # these are the arguments
+    flags = {k: v for k, v in locals().copy().items()  # the arguments
              if k not in ("data", "out", "device", "resume")}
     path = Path(f"runs/{dataset}" if out == "auto" else out, "ddpm.pt")
     if path.exists() and not resume:
@@ -349,12 +349,12 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
     total = epochs * per_epoch
     print(f"{len(images):,} images, {total:,} steps on {device}", flush=True)
     if run["epoch"] >= epochs:
-        print(f"it has learned {run['epoch']} epochs: --resume --epochs {2 * run['epoch']} goes on")
+        print(f"it learned {run['epoch']} epochs: --resume --epochs {2 * run['epoch']} goes on")
 
     for epoch in range(run["epoch"] + 1, epochs + 1):
         began = time.time()
         losses = []
-        torch.manual_seed(1000 * seed + epoch)  # the same when resumed
+        torch.manual_seed(1000 * seed + epoch)  # the same if resumed
         batches = torch.randperm(len(images)).split(batch_size)
         for index in progress(batches, len(batches), f"epoch {epoch} of {epochs}"):
             # Algorithm 1: images, a t for each, noise. A tenth of the labels is dropped:
@@ -433,7 +433,7 @@ def sample(ckpt="auto", device="auto", seed=0, digit=(), same_style=False, n=1,
         if str(name) not in classes:
             raise UserError(f"no class {name}: the net knows {', '.join(classes) or 'none'}")
 
-    # n rows, in each an image of each class; of one class, or none (NULL), ten in a row
+    # n rows, an image of each class in each. Of a single class, or none: n images, ten a row.
     row = [classes.index(str(name)) for name in digit or classes] or [NULL]
     y = torch.tensor(row * n, device=alpha_bar.device)
     columns = len(row) if len(row) > 1 else 10
@@ -445,8 +445,8 @@ def sample(ckpt="auto", device="auto", seed=0, digit=(), same_style=False, n=1,
         noise = noise[:, :1].expand_as(noise)
     noise = noise.flatten(0, 1).to(y.device)
 
-    # The loop's body runs between steps. It seeds ddpm's noise anew, so that the first image
-    # is the same, however many are drawn. Some 40 states are kept for the GIF.
+    # Between two steps, ddpm's noise is seeded anew. Else how many images are drawn would
+    # change the numbers that the first one gets. Some 40 states are kept for the GIF.
     steps = min(steps or SAMPLERS[sampler], len(alpha_bar) - 1)
     states = generate(net, y, noise, alpha_bar, sampler, steps,
                       guidance if classes else 1.0, rng)
@@ -483,7 +483,7 @@ FLAGS = {  # the meaning of each, and its choices or its least value
     "data": ("folder of the data sets", None),
     "size": ("pixels a side, divisible by 4; 0: 28, cifar10 32", 0),
     "out": ("what to write: a PNG, or a folder (auto: runs/DATASET)", None),
-    "ckpt": ("net to draw with; auto: runs/mnist/ddpm.pt, else the included", None),
+    "ckpt": ("net to draw with; auto: runs/mnist/ddpm.pt or the included", None),
     "device": ("cpu, cuda, mps; auto: a GPU, if there is one", None),
     "T": ("steps from an image to noise", 2),
     "schedule": ("how the noise grows", SCHEDULES),
@@ -497,7 +497,7 @@ FLAGS = {  # the meaning of each, and its choices or its least value
     "lr": ("highest learning rate", 0),
     "amp": ("compute in bfloat16", None),
     "seed": ("start of all random numbers", 0),
-    "resume": ("go on with the run in --out, by its flags but --data, --device", None),
+    "resume": ("go on with the run in --out, by its flags (but for --data)", None),
     "digit": ("classes of a row, if not all", None),
     "same_style": ("one handwriting a row (not by ddpm)", None),
     "n": ("images of each class", 1),
