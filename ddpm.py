@@ -336,10 +336,9 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
     run = {"shape": shape, "classes": classes, "epoch": 0}
     if resume:
         _, _, run = load_net(path, device)
-        if (run["shape"], run["classes"], run["flags"]["width"]) != (shape, classes, width):
-            raise UserError(f"{path} has another --dataset, --size, --cond or --width")
-        if "optimizer" not in run:
-            raise UserError(f"{path} is for drawing only")
+        kept = (run["shape"], run["classes"], run["flags"]["width"])
+        if "optimizer" not in run or kept != (shape, classes, width):
+            raise UserError(f"{path} is for drawing, or has another --size or --width")
         for name, part in parts.items():
             part.load_state_dict(run[name])
 
@@ -371,8 +370,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
             optimizer.zero_grad()
             error.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            rate = lr * min(1, (step + 1) / 100) * (1 - step / total)
-            optimizer.param_groups[0]["lr"] = rate
+            optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 - step / total)
             optimizer.step()
             step += 1
             update_average(ema, net, step)
@@ -445,10 +443,14 @@ def sample(ckpt="auto", device="auto", seed=0, digit=(), same_style=False, n=1,
         noise = noise[:, :1].expand_as(noise)
     noise = noise.flatten(0, 1).to(y.device)
 
+    def net_in_parts(*inputs):  # 250 images at a time: less memory
+        parts = zip(*[part.split(250) for part in inputs])
+        return torch.cat([net(*part) for part in parts])
+
     # Between two steps, ddpm's noise is seeded anew. Else how many images are drawn would
-    # change the numbers that the first one gets. Some 40 states are kept for the GIF.
+    # change the first one's noise. Some 40 states are kept for the GIF.
     steps = min(steps or SAMPLERS[sampler], len(alpha_bar) - 1)
-    states = generate(net, y, noise, alpha_bar, sampler, steps,
+    states = generate(net_in_parts, y, noise, alpha_bar, sampler, steps,
                       guidance if classes else 1.0, rng)
     frames = []
     for i, x in enumerate(progress(states, 1 + steps, f"drawing {len(y):,} images")):
@@ -456,7 +458,6 @@ def sample(ckpt="auto", device="auto", seed=0, digit=(), same_style=False, n=1,
         if gif and i % max(1, steps // 40) == 0:
             frames.append(to_uint8(x))
     images = to_uint8(x)  # of the last state
-
     grid(images, columns).save(out, "PNG")
     print(out, flush=True)
     if gif:
@@ -528,7 +529,6 @@ def main(argv=None):
                 choices = None if isinstance(values, int) else values
                 command.add_argument(flag, type=type(default), choices=choices,
                                      help=f"{words} (default {default})")
-
     try:
         flags = vars(parser.parse_args(argv))
         function = flags.pop("function")

@@ -391,7 +391,7 @@ class Training(Folder):
             pictures = torch.cat([ddpm.to_uint8(x), glyphs[:2]]).flatten(1)
             alike = pictures.double().corrcoef()[:2, 2:]
             self.assertGreater(alike.diag().min(), 0.7, sampler)
-            self.assertLess(alike.fliplr().diag().max(), 0.4, sampler)
+            self.assertLess((ddpm.to_uint8(x) - 1.0 * glyphs[:2]).abs().mean(), 40, sampler)
 
 class Checkpoints(Folder):
     def test_python_trains_and_loads_the_averaged_net(self):
