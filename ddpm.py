@@ -275,8 +275,7 @@ DATASETS = {"mnist": datasets.MNIST, "fashion": datasets.FashionMNIST,
             "cifar10": datasets.CIFAR10}
 
 def load_data(dataset, data, size=0, train=True):
-    """Images, uint8 (N,C,size,size), labels (N,), and the names of the classes. If they are
-    not in the folder data, they are downloaded. Size 0 is 28, or 32 for cifar10."""
+    """Images, uint8 (N,C,size,size), labels (N,), and the names of the classes."""
     size = size or (32 if dataset == "cifar10" else 28)
     fit = transforms.Compose([transforms.Resize((size, size)), transforms.PILToTensor()])
     try:
@@ -529,6 +528,7 @@ def main(argv=None):
                 choices = None if isinstance(values, int) else values
                 command.add_argument(flag, type=type(default), choices=choices,
                                      help=f"{words} (default {default})")
+
     try:
         flags = vars(parser.parse_args(argv))
         function = flags.pop("function")
