@@ -310,7 +310,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
           timesteps="logit-normal", width=32, epochs=10, batch_size=64, lr=3e-3, amp=False,
           seed=0, resume=False):
     """Learn to draw a data set."""
-    flags = {k: v for k, v in locals().copy().items()  # the arguments
+    flags = {k: v for k, v in locals().copy().items()
              if k not in ("data", "out", "device", "resume")}
     path = Path(f"runs/{dataset}" if out == "auto" else out, "ddpm.pt")
     if path.exists() and not resume:
@@ -409,8 +409,7 @@ def load_net(ckpt="auto", device="auto"):
         ckpt = own if own.exists() else Path(__file__).parent / "assets/mnist.pt"
         print(f"the net is {ckpt}", flush=True)
     try:
-        # weights_only: tensors, numbers, strings. A pickle's code does not run.
-        checkpoint = torch.load(ckpt, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(ckpt, map_location="cpu", weights_only=True)  # no code runs
         flags = checkpoint["flags"]
         alpha_bar = noise_schedule(flags["schedule"], flags["T"])
         net = UNet(checkpoint["shape"][0], len(checkpoint["classes"]), flags["width"])
@@ -540,6 +539,7 @@ def main(argv=None):
             least = FLAGS[name][1]
             if isinstance(least, int) and not least <= value < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
+        Path(flags.get("out", "")).parent.mkdir(parents=True, exist_ok=True)
         function(**flags)
     except (UserError, OSError) as error:
         parser.error(" ".join(str(error).split()))

@@ -476,7 +476,7 @@ class TheCommandLine(Folder):
         for flag in ("--guidance nan", "--n 0", "--steps -1", "--sampler euler"):
             self.refuses(flag.split()[0].strip("-"), f"sample {flag}")
         for line in (f"train {SMALL} --out file/run", "sample --steps 2 --out runs"):
-            self.refuses(line.split()[-1], line)
+            self.refuses(line.split()[-1][:4], line)
 
     def test_a_run_in_a_process_speaks_at_once_and_stops_at_a_signal(self):
         line = [sys.executable, PROGRAM, "train", *SMALL.split(), "--epochs", "9999"]
