@@ -26,7 +26,7 @@ test: $(READY)
 	$(PY) -m unittest
 
 evaluate: $(READY)
-	$(PY) -c 'import test_ddpm; test_ddpm.evaluate("$(or $(CKPT),auto)", $(or $(N),1000), "$(or $(SAMPLER),dpm)", $(or $(STEPS),20), $(or $(GUIDANCE),1.5), "$(DATA)")'
+	$(PY) -c 'import test_ddpm; test_ddpm.evaluate("$(or $(CKPT),auto)", $(or $(N),1000), "$(or $(SAMPLER),dpm)", $(or $(STEPS),20), $(or $(GUIDANCE),1.25), "$(DATA)")'
 
 bench: $(READY)
 	$(PY) -c 'import test_ddpm; test_ddpm.bench()'
@@ -34,9 +34,9 @@ bench: $(READY)
 assets: $(READY)
 	$(DRAW) assets/samples.png --n 10
 	$(DRAW) assets/digits.png --gif
-	$(DRAW) assets/same.png --digit 2 0 2 6 --same-style --n 6
-	set -e; for g in 0 1 3 8; do $(DRAW) assets/guidance-$$g.png --guidance $$g --digit 2 3 5 8 --n 3; done
-	set -e; for k in 2 5 20; do $(DRAW) assets/steps-$$k.png --steps $$k --digit 2 3 5 8 --n 3; done
+	$(DRAW) assets/same.png --digit 2 0 2 6 --same-style --n 3
+	set -e; for f in guidance-0 guidance-1 guidance-3 guidance-8 steps-2 steps-5 steps-20 sampler-ddpm; do \
+	$(DRAW) assets/$$f.png --$${f%-*} $${f#*-} --digit 2 3 5 8 --n 3; done
 	set -e; for s in linear cosine; do $(PY) ddpm.py forward --data $(DATA) --schedule $$s --out assets/forward-$$s.png; done
 
 clean:

@@ -45,7 +45,7 @@ class UserError(ValueError):
 
 def linear_betas(T):
     """β from 1e-4 to 0.02 if T is 1000 (Ho et al. 2020). For another T, β is scaled by
-    1000/T: their sum stays the same, and so, if T is not small, does x_T's noise."""
+    1000/T: their sum stays the same, and with it ᾱ_T, which is about exp(-sum)."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
 
 def cosine_betas(T, s=0.008):
@@ -64,7 +64,7 @@ def noise_schedule(name, T):
     return torch.cat([torch.ones(1), (1 - betas).cumprod(0)]).float()
 
 def rates(alpha_bar, t):
-    """How much image, √ᾱ_t, and how much noise, √(1-ᾱ_t): both (B,1,1,1) for t (B,)."""
+    """√ᾱ_t, how much image, and √(1-ᾱ_t), how much noise: (B,1,1,1) for t (B,)."""
     alpha_bar_t = alpha_bar[t].view(-1, 1, 1, 1)
     return alpha_bar_t.sqrt(), (1 - alpha_bar_t).sqrt()
 
@@ -78,7 +78,7 @@ def q_sample(x0, t, eps, alpha_bar):
 # 0 near t = T: there, a small error in eps is a huge one in x0. Our network predicts
 #     v = √ᾱ·eps - √(1-ᾱ)·x0    (Salimans & Ho 2022).
 # See a pixel's (x0, eps) as a point in the plane. With √ᾱ = cos φ and √(1-ᾱ) = sin φ,
-# (x_t, v) is that point turned clockwise by φ. Turned back, it gives both:
+# (x_t, v) is that point rotated by -φ. Rotated back, it gives both:
 #     x0 = √ᾱ·x_t - √(1-ᾱ)·v,    eps = √(1-ᾱ)·x_t + √ᾱ·v.
 
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
@@ -87,8 +87,8 @@ def diffusion_loss(net, x0, y, t, eps, alpha_bar, target="v", loss="huber"):
     """The loss of Ho et al.'s Algorithm 1, a scalar. Target eps and loss l2 are theirs.
     Images x0 and noise eps (B,C,H,W), labels y (B,), t (B,) in 1..T.
 
-    The net predicts v, whatever the target. By the formulas above, if v is off by d, eps is
-    off by √ᾱ·d and x0 by √(1-ᾱ)·d. So a target is a weight."""
+    The net always predicts v. If v is off by d, then by the formulas above eps is off by
+    √ᾱ·d and x0 by √(1-ᾱ)·d. So to compare eps or x0 is to weigh d."""
     signal_rate, noise_rate = rates(alpha_bar, t)
     v = signal_rate * eps - noise_rate * x0
     v_hat = net(q_sample(x0, t, eps, alpha_bar), t, y).float()  # --amp makes it bfloat16
@@ -108,8 +108,8 @@ def time_embedding(t, dim):
     return torch.cat([torch.sin(t[:, None] * f), torch.cos(t[:, None] * f)], dim=1)
 
 class ResBlock(nn.Module):
-    """x (B,c_in,H,W) -> (B,c_out,H,W): x plus what two convolutions make of it. In between,
-    emb (B,c_emb), of time and label, scales and shifts it (Dhariwal & Nichol 2021, sec. 3)."""
+    """x (B,c_in,H,W) -> (B,c_out,H,W): two convolutions add something to x. In between, emb
+    (B,c_emb), of time and label, scales and shifts it (Dhariwal & Nichol 2021, sec. 3)."""
     def __init__(self, c_in, c_out, c_emb):
         super().__init__()
         self.norm1 = nn.GroupNorm(8, c_in)
@@ -169,18 +169,18 @@ class UNet(nn.Module):
         h = F.interpolate(h, scale_factor=2)  # (B, 2w, H/2, W/2)
         h = self.up1(torch.cat([h, h1], dim=1), emb)  # (B, w, H/2, W/2)
 
-        # Unfold to single pixels. The last convolution sees x, too: all above worked on 2x2.
+        # Back to single pixels. The last convolution sees x, too: all above worked on 2x2.
         h = F.pixel_shuffle(self.unfold(F.silu(self.norm(h))), 2)  # (B, 8, H, W)
         return self.last(torch.cat([h, x], dim=1))
 
 # ---- 4. Sampling: from noise to an image ---------------------------------------------
 # Predict the image in x_t. All else in x_t is noise. Mix both anew, with less noise, and
 # look again. Why not stop at the first prediction? Many images could be hidden in x_t, and
-# the net predicts their mean, a blur. The less noise, the fewer images are possible.
+# the net predicts about their mean, a blur. The less noise, the fewer images are possible.
 
 SAMPLERS = {"ddpm": math.inf, "ddim": 50, "dpm": 20}  # the steps each takes, T at most
 
-def predict_x0(net, x, t, y, alpha_bar, guidance=1.0):
+def predict_x0(net, x, t, y, alpha_bar, guidance):
     """The images (B,C,H,W), in [-1,1], that the net sees in x = x_t. One t for all.
 
     Classifier-free guidance (Ho & Salimans 2022; their w is this minus 1) goes from v without
@@ -196,15 +196,14 @@ def predict_x0(net, x, t, y, alpha_bar, guidance=1.0):
     return x0_hat.clamp(-1, 1)  # no image has values beyond these
 
 @torch.no_grad()
-def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, rng=None):
-    """Yield x_t (B,C,H,W) on its way from noise to images of the labels y, 1 + steps times.
+def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, seed=0):
+    """Yield x_t (B,C,H,W), 1 + steps times, from noise to images of the labels y (B,).
 
     Every sampler takes ddim's step (Song et al. 2021, eq. 12). dpm improves the x0 in it.
-    ddpm adds noise by rng, and with T steps is Ho et al.'s Algorithm 2. rng is on the CPU:
-    a seed gives the same images on every device."""
+    ddpm adds noise, drawn by seed, and with T steps is Ho et al.'s Algorithm 2."""
     T = len(alpha_bar) - 1
-    steps = min(T, steps or SAMPLERS[sampler])
-    ts = [T - T * i // steps for i in range(steps + 1)]  # from T down to 0
+    steps = min(T, steps or SAMPLERS[sampler])  # 0: the sampler's own
+    ts = [T - (T * i) // steps for i in range(steps + 1)]  # from T down to 0
     signal_rates = alpha_bar.sqrt().tolist()  # as plain numbers, for all t
     noise_rates = (1 - alpha_bar).sqrt().tolist()
     lam = (alpha_bar.logit() / 2).tolist()  # λ = log(√ᾱ / √(1-ᾱ))
@@ -214,9 +213,9 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, rng
     for t, t_next in zip(ts, ts[1:]):
         x0_hat = predict_x0(net, x, t, y, alpha_bar, guidance)
 
-        # dpm (DPM-Solver++, Lu et al. 2022, alg. 2): x0_hat changes during a step. Draw a
-        # line through the last two x0_hat, over λ, and read it off in the middle of the step.
-        # The first step, at T, has no x0_before. The last one ends at an infinite λ.
+        # dpm (DPM-Solver++, Lu et al. 2022, alg. 2): during a step the prediction would
+        # change, about linearly in λ. Follow the line through the last two x0_hat to the
+        # middle of the step. The first one, at T, has no x0_before. The last ends at λ = ∞.
         x0_step = x0_hat
         if sampler == "dpm" and t < T and t_next > 0:
             slope = (x0_hat - x0_before) / (lam[t] - lam[t_before])
@@ -224,18 +223,20 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, rng
         x0_before = x0_hat
         t_before = t
 
-        # What x holds besides the image is the noise. ddim keeps it. ddpm keeps a part and
-        # draws the rest anew, of standard deviation sigma: then x becomes a sample of
-        # q(x_next | x, x0_hat) (Ho et al. eq. 7).
+        # What x holds besides the image is noise. ddim keeps it. ddpm keeps a part of it, and
+        # draws the rest anew, of standard deviation sigma (Ho et al. eq. 7). In all, their
+        # variance, kept² + sigma², is that of the noise at t_next.
         eps_hat = (x - signal_rates[t] * x0_step) / noise_rates[t]
         sigma = 0.0
         if sampler == "ddpm":
-            beta = 1 - (signal_rates[t] / signal_rates[t_next]) ** 2  # of t_next..t as one step
+            # The β of a single step from t_next to t
+            beta = 1 - (signal_rates[t] / signal_rates[t_next]) ** 2
             sigma = noise_rates[t_next] / noise_rates[t] * beta ** 0.5
         kept = max(0.0, noise_rates[t_next] ** 2 - sigma ** 2) ** 0.5  # 0 if rounded below
 
         x = signal_rates[t_next] * x0_step + kept * eps_hat
-        if sigma:
+        if sigma:  # from the CPU: a seed is the same on every device
+            rng = torch.Generator().manual_seed(1000 * seed + t)
             x = x + sigma * torch.randn(x.shape, generator=rng).to(x)
         yield x
 
@@ -282,17 +283,15 @@ def load_data(dataset, data, size=0, train=True):
         source = DATASETS[dataset](data, train=train, download=True, transform=fit)
         images, labels = zip(*progress(source, len(source), f"reading {dataset}"))
     except Exception as error:
-        raise UserError(f"cannot read {dataset} in {data}: {type(error).__name__}, {error}. If it "
-                        f"is damaged, delete its folder in {data}, to download again") from error
-    classes = source.classes
-    if dataset == "mnist":  # where they are "0 - zero" and so on
-        classes = [str(digit) for digit in range(10)]
+        raise UserError(f"cannot read {dataset} in {data}: {error!r}. "
+                        "If it cannot be downloaded, put whole files there") from error
+    classes = list("0123456789") if dataset == "mnist" else source.classes  # not "0 - zero"
     return torch.stack(images), torch.tensor(labels), classes
 
 # ---- 7. Training ---------------------------------------------------------------------
 def draw_timesteps(n, T, timesteps, device):
-    """n steps t in 1..T, int64 (n,). Those in the middle teach most: by "logit-normal",
-    t/T is the sigmoid of a normal number (Esser et al. 2024), here of mean 0.5."""
+    """n steps t in 1..T, int64 (n,). Those in the middle teach most: if "logit-normal", t/T
+    is the sigmoid of a number from a normal of mean 0.5 (Esser et al. 2024)."""
     if timesteps == "logit-normal":
         u = torch.sigmoid(0.5 + torch.randn(n, device=device))
     else:
@@ -301,7 +300,7 @@ def draw_timesteps(n, T, timesteps, device):
 
 @torch.no_grad()
 def update_average(ema, net, step):
-    """ema averages net's last steps: about a tenth of all, at most 1,000. It draws better."""
+    """ema averages the last tenth of the steps, at most 1,000: it draws better."""
     for average, new in zip(ema.parameters(), net.parameters()):
         average.lerp_(new, max(0.001, 9 / (9 + step)))
 
@@ -310,8 +309,9 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
           timesteps="logit-normal", width=32, epochs=10, batch_size=64, lr=3e-3, amp=False,
           seed=0, resume=False):
     """Learn to draw a data set."""
-    flags = {k: v for k, v in locals().copy().items()
+    flags = {k: v for k, v in locals().copy().items()  # all arguments but these
              if k not in ("data", "out", "device", "resume")}
+
     path = Path(f"runs/{dataset}" if out == "auto" else out, "ddpm.pt")
     if path.exists() and not resume:
         raise UserError(f"{path} exists: go on by --resume, or name another --out")
@@ -319,6 +319,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
         raise UserError("--size must be divisible by 4, --width by 8")
     path.parent.mkdir(parents=True, exist_ok=True)
     device = pick_device(device)
+
     print(f"reading {dataset} in {data}", flush=True)
     images, labels, classes = load_data(dataset, data, size)
     if cond == "none":
@@ -335,21 +336,22 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
     run = {"shape": shape, "classes": classes, "epoch": 0}
     if resume:
         _, _, run = load_net(path, device)
-        kept = (run["shape"], run["classes"], run["flags"]["width"])
-        if "optimizer" not in run or kept != (shape, classes, width):
-            raise UserError(f"{path} is for drawing, or has another --size or --width")
+        saved = (run["shape"], run["classes"], run["flags"]["width"])
+        if "optimizer" not in run or saved != (shape, classes, width):
+            raise UserError(f"{path} has no optimizer, or another --size or --width")
         for name, part in parts.items():
             part.load_state_dict(run[name])
 
     alpha_bar = noise_schedule(schedule, T).to(device)
     per_epoch = math.ceil(len(images) / batch_size)
-    step = run["epoch"] * per_epoch
+    done = run["epoch"]
+    step = done * per_epoch
     total = epochs * per_epoch
     print(f"{len(images):,} images, {total:,} steps on {device}", flush=True)
-    if run["epoch"] >= epochs:
-        print(f"it learned {run['epoch']} epochs: --resume --epochs {2 * run['epoch']} goes on")
+    if done >= epochs:
+        print(f"{done} epochs are done: --epochs {2 * done} goes on")
 
-    for epoch in range(run["epoch"] + 1, epochs + 1):
+    for epoch in range(done + 1, epochs + 1):
         began = time.time()
         losses = []
         torch.manual_seed(1000 * seed + epoch)  # the same if resumed
@@ -365,11 +367,12 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 error = diffusion_loss(net, x0, y, t, eps, alpha_bar, target, loss)
 
-            # A step of the optimizer. The rate rises for 100 steps, and falls to 0.
+            # A step of the optimizer. Its rate rises for 100 steps, and falls to 0.
             optimizer.zero_grad()
             error.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * (1 - step / total)
+            warm_up = min(1, (step + 1) / 100)
+            optimizer.param_groups[0]["lr"] = lr * warm_up * (1 - step / total)
             optimizer.step()
             step += 1
             update_average(ema, net, step)
@@ -421,15 +424,15 @@ def load_net(ckpt="auto", device="auto"):
 
 # ---- 8. Drawing ----------------------------------------------------------------------
 def sample(ckpt="auto", device="auto", seed=0, digit=(), same_style=False, n=1,
-           sampler="dpm", steps=0, guidance=1.5, out="samples.png", gif=False):
+           sampler="dpm", steps=0, guidance=1.25, out="samples.png", gif=False):
     """Draw images of each class, or of some."""
     net, alpha_bar, checkpoint = load_net(ckpt, device)
     classes = checkpoint["classes"]
     for name in digit:
         if str(name) not in classes:
-            raise UserError(f"no class {name}: the net knows {', '.join(classes) or 'none'}")
+            raise UserError(f"no class {name}: there are {', '.join(classes) or 'none'}")
 
-    # n rows, an image of each class in each. Of a single class, or none: n images, ten a row.
+    # n rows, an image of each class in each. A single class, or none: ten a row.
     row = [classes.index(str(name)) for name in digit or classes] or [NULL]
     y = torch.tensor(row * n, device=alpha_bar.device)
     columns = len(row) if len(row) > 1 else 10
@@ -445,14 +448,11 @@ def sample(ckpt="auto", device="auto", seed=0, digit=(), same_style=False, n=1,
         parts = zip(*[part.split(250) for part in inputs])
         return torch.cat([net(*part) for part in parts])
 
-    # Between two steps, ddpm's noise is seeded anew. Else how many images are drawn would
-    # change the first one's noise. Some 40 states are kept for the GIF.
     steps = min(steps or SAMPLERS[sampler], len(alpha_bar) - 1)
     states = generate(net_in_parts, y, noise, alpha_bar, sampler, steps,
-                      guidance if classes else 1.0, rng)
-    frames = []
+                      guidance if classes else 1.0, seed)
+    frames = []  # for the GIF, about 40
     for i, x in enumerate(progress(states, 1 + steps, f"drawing {len(y):,} images")):
-        rng.manual_seed(1000 * seed + i + 1)
         if gif and i % max(1, steps // 40) == 0:
             frames.append(to_uint8(x))
     images = to_uint8(x)  # of the last state
@@ -477,7 +477,7 @@ def forward(dataset="mnist", data="data", size=0, schedule="cosine", T=1000, see
         save_gif(Path(out).with_suffix(".gif"), frames, 5)
 
 # ---- 9. The command line: each command is a function, with its arguments as flags ----
-FLAGS = {  # the meaning of each, and its choices or its least value
+FLAGS = {  # the meaning of each; its choices, its least value, or None
     "dataset": ("what to learn or show", DATASETS),
     "data": ("folder of the data sets", None),
     "size": ("pixels a side, divisible by 4; 0: 28, cifar10 32", 0),
@@ -496,7 +496,7 @@ FLAGS = {  # the meaning of each, and its choices or its least value
     "lr": ("highest learning rate", 0),
     "amp": ("compute in bfloat16", None),
     "seed": ("start of all random numbers", 0),
-    "resume": ("go on with the run in --out, by its flags (but for --data)", None),
+    "resume": ("go on with the run in --out, by its flags and those given", None),
     "digit": ("classes of a row, if not all", None),
     "same_style": ("one handwriting a row (not by ddpm)", None),
     "n": ("images of each class", 1),
@@ -531,7 +531,7 @@ def main(argv=None):
     try:
         flags = vars(parser.parse_args(argv))
         function = flags.pop("function")
-        if flags.get("resume"):
+        if flags.get("resume"):  # by the run's own flags, but for those given now
             out = flags.get("out", f"runs/{flags.get('dataset', 'mnist')}")
             _, _, run = load_net(Path(out, "ddpm.pt"), "cpu")
             flags = run["flags"] | flags | {"out": out}
