@@ -515,7 +515,7 @@ class TheReadme(Folder):
         Path("loop.py").write_text(code)
         line = "-m torch.distributed.run --standalone --nproc-per-node=2 loop.py 40"
         env = os.environ | {"PYTHONPATH": str(PROGRAM.parent), "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, *line.split()], check=True, env=env, stdout=subprocess.DEVNULL)
+        subprocess.check_output([sys.executable, *line.split()], env=env)
         one, two = [torch.load(f"{rank}.pt", weights_only=False) for rank in (0, 1)]
         self.assertLess(max(one[0], two[0]), 0.2)
         self.assertNotEqual(one[0], two[0])  # each learns from batches of its own
