@@ -235,7 +235,7 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, see
         kept = max(0.0, noise_rates[t_next] ** 2 - sigma ** 2) ** 0.5  # 0 if rounded below
 
         x = signal_rates[t_next] * x0_step + kept * eps_hat
-        if sigma:  # from the CPU: a seed is the same on every device
+        if sigma:  # from the CPU: a seed's noise is the same everywhere
             rng = torch.Generator().manual_seed(1000 * seed + t)
             x = x + sigma * torch.randn(x.shape, generator=rng).to(x)
         yield x
@@ -384,7 +384,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
         if not math.isfinite(mean):
             raise UserError(f"the loss is {mean} in epoch {epoch}: try a lower --lr")
         print(f"epoch {epoch}: loss {mean:.4f}, {seconds:.0f} s", flush=True)
-        run |= {"flags": flags, "epoch": epoch, "step": step}
+        run |= {"flags": flags, "epoch": epoch}
         run |= {name: part.state_dict() for name, part in parts.items()}
         torch.save(run, f"{path}.part")
         Path(f"{path}.part").replace(path)  # whole or not at all
