@@ -204,7 +204,7 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, see
     T = len(alpha_bar) - 1
     steps = min(T, steps or SAMPLERS[sampler])  # 0: the sampler's own
     ts = [T - (T * i) // steps for i in range(steps + 1)]  # from T down to 0
-    signal_rates = alpha_bar.sqrt().tolist()  # as plain numbers, for all t
+    signal_rates = alpha_bar.sqrt().tolist()  # plain numbers, for all t
     noise_rates = (1 - alpha_bar).sqrt().tolist()
     lam = (alpha_bar.logit() / 2).tolist()  # λ = log(√ᾱ / √(1-ᾱ))
 
@@ -223,7 +223,7 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, see
         x0_before = x0_hat
         t_before = t
 
-        # What x holds besides the image is noise. ddim keeps it. ddpm keeps a part of it, and
+        # What x holds besides the image is noise. ddim keeps it. ddpm keeps a part, and
         # draws the rest anew, of standard deviation sigma (Ho et al. eq. 7). In all, their
         # variance, kept² + sigma², is that of the noise at t_next.
         eps_hat = (x - signal_rates[t] * x0_step) / noise_rates[t]
@@ -317,11 +317,11 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
         raise UserError(f"{path} exists: go on by --resume, or name another --out")
     if size % 4 or width % 8:
         raise UserError("--size must be divisible by 4, --width by 8")
-    path.parent.mkdir(parents=True, exist_ok=True)
     device = pick_device(device)
 
     print(f"reading {dataset} in {data}", flush=True)
     images, labels, classes = load_data(dataset, data, size)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if cond == "none":
         labels = torch.full_like(labels, NULL)
         classes = []
@@ -365,18 +365,18 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
             t = draw_timesteps(len(x0), T, timesteps, device)
             eps = torch.randn_like(x0)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                error = diffusion_loss(net, x0, y, t, eps, alpha_bar, target, loss)
+                batch_loss = diffusion_loss(net, x0, y, t, eps, alpha_bar, target, loss)
 
             # A step of the optimizer. Its rate rises for 100 steps, and falls to 0.
             optimizer.zero_grad()
-            error.backward()
+            batch_loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             warm_up = min(1, (step + 1) / 100)
             optimizer.param_groups[0]["lr"] = lr * warm_up * (1 - step / total)
             optimizer.step()
             step += 1
             update_average(ema, net, step)
-            losses.append(error.detach())
+            losses.append(batch_loss.detach())
 
         # After each epoch: a line of loss, a checkpoint, a picture
         mean = torch.stack(losses).mean().item()
@@ -418,7 +418,7 @@ def load_net(ckpt="auto", device="auto"):
         net = UNet(checkpoint["shape"][0], len(checkpoint["classes"]), flags["width"])
         net.load_state_dict(checkpoint["ema"])
     except Exception as error:
-        raise UserError(f"{ckpt} is no checkpoint ({type(error).__name__})") from error
+        raise UserError(f"{ckpt} is missing or no checkpoint ({type(error).__name__})") from error
     device = pick_device(device)
     return net.to(device).eval(), alpha_bar.to(device), checkpoint
 

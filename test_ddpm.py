@@ -417,7 +417,7 @@ class Checkpoints(Folder):
         for k in range(4):
             Path(f"cut{k}.pt").write_bytes(whole[:len(whole) * k // 4])
         for path in (*sorted(Path().glob("*.pt")), "missing.pt"):
-            self.refuses(f"{path} is no checkpoint", f"sample --ckpt {path}")
+            self.refuses(f"{path} is missing or no checkpoint", f"sample --ckpt {path}")
         self.assertFalse(Path("ran").exists())
 
     def test_the_net_that_comes_along_draws_where_there_is_no_run(self):
