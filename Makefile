@@ -26,7 +26,7 @@ test: $(READY)
 	$(PY) -m unittest
 
 evaluate: $(READY)
-	$(PY) -c 'import test_ddpm; test_ddpm.evaluate("$(or $(CKPT),auto)", $(or $(N),1000), "$(or $(SAMPLER),dpm)", $(or $(STEPS),20), $(or $(GUIDANCE),1.25), "$(DATA)")'
+	$(PY) -c 'import test_ddpm; test_ddpm.evaluate("$(or $(CKPT),auto)", $(or $(N),1000), "$(or $(SAMPLER),dpm)", $(or $(STEPS),0), $(or $(GUIDANCE),1.25), "$(DATA)")'
 
 bench: $(READY)
 	$(PY) -c 'import test_ddpm; test_ddpm.bench()'

@@ -88,7 +88,7 @@ def diffusion_loss(net, x0, y, t, eps, alpha_bar, target="v", loss="huber"):
     Images x0 and noise eps (B,C,H,W), labels y (B,), t (B,) in 1..T.
 
     The net always predicts v. If v is off by d, then by the formulas above eps is off by
-    √ᾱ·d and x0 by √(1-ᾱ)·d. So to compare eps or x0 is to weigh d."""
+    √ᾱ·d and x0 by -√(1-ᾱ)·d. So comparing eps or x0 weighs d."""
     signal_rate, noise_rate = rates(alpha_bar, t)
     v = signal_rate * eps - noise_rate * x0
     v_hat = net(q_sample(x0, t, eps, alpha_bar), t, y).float()  # --amp makes it bfloat16
@@ -104,7 +104,7 @@ NULL = -1  # the label that says "no label"
 
 def time_embedding(t, dim):
     """sin(t·f) and cos(t·f) for dim/2 frequencies f, from 1 to 1e-4: t (B,) -> (B,dim)."""
-    f = 10_000 ** -torch.linspace(0, 1, dim // 2, device=t.device)
+    f = 10_000 ** torch.linspace(0, -1, dim // 2, device=t.device)
     return torch.cat([torch.sin(t[:, None] * f), torch.cos(t[:, None] * f)], dim=1)
 
 class ResBlock(nn.Module):
@@ -183,8 +183,8 @@ SAMPLERS = {"ddpm": math.inf, "ddim": 50, "dpm": 20}  # the steps each takes, T 
 def predict_x0(net, x, t, y, alpha_bar, guidance):
     """The images (B,C,H,W), in [-1,1], that the net sees in x = x_t. One t for all.
 
-    Classifier-free guidance (Ho & Salimans 2022; their w is this minus 1) goes from v without
-    a label towards v with it: 0 ignores the label, 1 follows it, more exaggerates it."""
+    Classifier-free guidance (Ho & Salimans 2022, w = guidance - 1) goes from v without a
+    label towards v with it: 0 ignores the label, 1 follows it, more exaggerates it."""
     t = torch.full((len(x),), t, device=x.device)
     v = net(x, t, y)
     if guidance != 1:
@@ -206,7 +206,7 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, see
     ts = [T - (T * i) // steps for i in range(steps + 1)]  # from T down to 0
     signal_rates = alpha_bar.sqrt().tolist()  # plain numbers, for all t
     noise_rates = (1 - alpha_bar).sqrt().tolist()
-    lam = (alpha_bar.logit() / 2).tolist()  # λ = log(√ᾱ / √(1-ᾱ))
+    lam = (alpha_bar.logit() / 2).tolist()  # λ = log √(ᾱ/(1-ᾱ))
 
     x = noise
     yield x
@@ -214,8 +214,8 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, see
         x0_hat = predict_x0(net, x, t, y, alpha_bar, guidance)
 
         # dpm (DPM-Solver++, Lu et al. 2022, alg. 2): during a step the prediction would
-        # change, about linearly in λ. Follow the line through the last two x0_hat to the
-        # middle of the step. The first one, at T, has no x0_before. The last ends at λ = ∞.
+        # change, about linearly in λ. Its mean: the line through the last two x0_hat, at
+        # the middle of the step. The first, at T, has no x0_before. The last ends at λ = ∞.
         x0_step = x0_hat
         if sampler == "dpm" and t < T and t_next > 0:
             slope = (x0_hat - x0_before) / (lam[t] - lam[t_before])
@@ -223,13 +223,13 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, see
         x0_before = x0_hat
         t_before = t
 
-        # What x holds besides the image is noise. ddim keeps it. ddpm keeps a part, and
+        # What x holds besides x0_step is noise. ddim keeps it. ddpm keeps a part, and
         # draws the rest anew, of standard deviation sigma (Ho et al. eq. 7). In all, their
         # variance, kept² + sigma², is that of the noise at t_next.
         eps_hat = (x - signal_rates[t] * x0_step) / noise_rates[t]
         sigma = 0.0
         if sampler == "ddpm":
-            # The β of a single step from t_next to t
+            # The β of one forward step, t_next to t
             beta = 1 - (signal_rates[t] / signal_rates[t_next]) ** 2
             sigma = noise_rates[t_next] / noise_rates[t] * beta ** 0.5
         kept = max(0.0, noise_rates[t_next] ** 2 - sigma ** 2) ** 0.5  # 0 if rounded below
@@ -283,15 +283,15 @@ def load_data(dataset, data, size=0, train=True):
         source = DATASETS[dataset](data, train=train, download=True, transform=fit)
         images, labels = zip(*progress(source, len(source), f"reading {dataset}"))
     except Exception as error:
-        raise UserError(f"cannot read {dataset} in {data}: {error!r}. "
-                        "If it cannot be downloaded, put whole files there") from error
+        raise UserError(f"cannot read {dataset} in {data}: {error}. "
+                        "If it cannot be downloaded: README, No download") from error
     classes = list("0123456789") if dataset == "mnist" else source.classes  # not "0 - zero"
     return torch.stack(images), torch.tensor(labels), classes
 
 # ---- 7. Training ---------------------------------------------------------------------
 def draw_timesteps(n, T, timesteps, device):
     """n steps t in 1..T, int64 (n,). Those in the middle teach most: if "logit-normal", t/T
-    is the sigmoid of a number from a normal of mean 0.5 (Esser et al. 2024)."""
+    is the sigmoid of a normal number, mean 0.5, std 1 (Esser et al. 2024)."""
     if timesteps == "logit-normal":
         u = torch.sigmoid(0.5 + torch.randn(n, device=device))
     else:
@@ -309,7 +309,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
           timesteps="logit-normal", width=32, epochs=10, batch_size=64, lr=3e-3, amp=False,
           seed=0, resume=False):
     """Learn to draw a data set."""
-    flags = {k: v for k, v in locals().copy().items()  # all arguments but these
+    flags = {k: v for k, v in dict(locals()).items()  # all arguments but these
              if k not in ("data", "out", "device", "resume")}
 
     path = Path(f"runs/{dataset}" if out == "auto" else out, "ddpm.pt")
@@ -338,7 +338,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
         _, _, run = load_net(path, device)
         saved = (run["shape"], run["classes"], run["flags"]["width"])
         if "optimizer" not in run or saved != (shape, classes, width):
-            raise UserError(f"{path} has no optimizer, or another --size or --width")
+            raise UserError(f"{path} has no optimizer, or other data, --cond, --size, --width")
         for name, part in parts.items():
             part.load_state_dict(run[name])
 
@@ -389,7 +389,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
         torch.save(run, f"{path}.part")
         Path(f"{path}.part").replace(path)  # whole or not at all
         with open(path.with_name("log.csv"), "a") as log:
-            header = "epoch,step,loss,seconds\n" if epoch == 1 else ""
+            header = "" if log.tell() else "epoch,step,loss,seconds\n"
             log.write(f"{header}{epoch},{step},{mean:.6f},{seconds:.1f}\n")
         sample(path, device, digit=classes[:10], n=5 if classes else 50,
                out=path.with_name(f"epoch-{epoch:03}.png"))
@@ -402,7 +402,7 @@ def pick_device(name):
     try:
         return torch.zeros(1, device=name).device  # fails if there is none
     except Exception as error:
-        raise UserError(f"there is no device {name} here: {error}") from error
+        raise UserError(f"there is no device {name} here: {error!s:.99}") from error
 
 def load_net(ckpt="auto", device="auto"):
     """A checkpoint's averaged net, its alpha_bar, and the checkpoint. "auto" is
@@ -453,7 +453,7 @@ def sample(ckpt="auto", device="auto", seed=0, digit=(), same_style=False, n=1,
                       guidance if classes else 1.0, seed)
     frames = []  # for the GIF, about 40
     for i, x in enumerate(progress(states, 1 + steps, f"drawing {len(y):,} images")):
-        if gif and i % max(1, steps // 40) == 0:
+        if gif and i % math.ceil(steps / 40) == 0:
             frames.append(to_uint8(x))
     images = to_uint8(x)  # of the last state
     grid(images, columns).save(out, "PNG")
@@ -479,9 +479,9 @@ def forward(dataset="mnist", data="data", size=0, schedule="cosine", T=1000, see
 # ---- 9. The command line: each command is a function, with its arguments as flags ----
 FLAGS = {  # the meaning of each; its choices, its least value, or None
     "dataset": ("what to learn or show", DATASETS),
-    "data": ("folder of the data sets", None),
+    "data": ("folder of data sets", None),
     "size": ("pixels a side, divisible by 4; 0: 28, cifar10 32", 0),
-    "out": ("what to write: a PNG, or a folder (auto: runs/DATASET)", None),
+    "out": ("what to write: a PNG; by train a folder (auto: runs/DATASET)", None),
     "ckpt": ("net to draw with; auto: runs/mnist/ddpm.pt or the included", None),
     "device": ("cpu, cuda, mps; auto: a GPU, if there is one", None),
     "T": ("steps from an image to noise", 2),
@@ -496,7 +496,7 @@ FLAGS = {  # the meaning of each; its choices, its least value, or None
     "lr": ("highest learning rate", 0),
     "amp": ("compute in bfloat16", None),
     "seed": ("start of all random numbers", 0),
-    "resume": ("go on with the run in --out, by its flags and those given", None),
+    "resume": ("go on with the run in --out, by its flags but --data, --device", None),
     "digit": ("classes of a row, if not all", None),
     "same_style": ("one handwriting a row (not by ddpm)", None),
     "n": ("images of each class", 1),
@@ -537,7 +537,7 @@ def main(argv=None):
             flags = run["flags"] | flags | {"out": out}
         for name, value in flags.items():
             least = FLAGS[name][1]
-            if isinstance(least, int) and not least <= value < math.inf:
+            if isinstance(least, int) and not least <= value < 2**40:
                 raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
         Path(flags.get("out", "")).parent.mkdir(parents=True, exist_ok=True)
         function(**flags)

@@ -6,7 +6,6 @@ import copy
 import io
 import math
 import os
-import pickle
 import re
 import signal
 import statistics
@@ -110,7 +109,6 @@ class TheForwardProcess(unittest.TestCase):
                 beta = 1e-4 + (0.02 - 1e-4) * (t - 1) / (T - 1)
                 product *= 1 - beta * 1000 / T
                 self.assertAlmostEqual(alpha_bar[t], product, delta=1e-6 * product)
-        self.assertAlmostEqual(ddpm.noise_schedule("linear", 1000)[-1].item(), 4.036e-5, 7)
 
     def test_cosine_is_the_papers_with_its_last_beta_at_0_999(self):
         def f(t):
@@ -165,12 +163,6 @@ class TheNet(unittest.TestCase):
             x, y = torch.randn(2, channels, size, size), torch.tensor([ddpm.NULL, classes - 1])
             net = ddpm.UNet(channels, classes, width=8)
             self.assertEqual(net(x, torch.tensor([1, 1000]), y).shape, x.shape)
-
-    def test_the_time_embedding_is_sines_and_cosines(self):
-        got = ddpm.time_embedding(torch.tensor([0, 7]), 6)
-        angles = [7 * f for f in (1, 0.01, 0.0001)]
-        known = [*map(math.sin, angles), *map(math.cos, angles)]
-        assert_close(got, torch.tensor([[0.0, 0, 0, 1, 1, 1], known]))
 
     def test_t_matters_and_each_label_has_its_row(self):
         torch.manual_seed(0)
@@ -312,7 +304,7 @@ class PicturesAndData(Folder):
         path = Path("data/MNIST/raw/train-images-idx3-ubyte")
         for length in (5000, 10, 0):
             path.write_bytes(path.read_bytes()[:length])
-            self.refuses("put whole files there", f"train {SMALL} --out x")
+            self.refuses("README, No download", f"train {SMALL} --out x")
         with mock.patch("torchvision.datasets.MNIST.mirrors", ["file:///nowhere/"]):
             self.refuses("Error downloading", "train --out x --data nowhere")
 
@@ -339,7 +331,7 @@ class Training(Folder):
             status, out, err = self.run_main(f"train {SMALL} --epochs 3 --T 9 --seed 5 --out run")
         self.assertEqual(str(status).strip(), "stopped")
         os.rename("run", "moved")
-        self.does("train --resume --out moved")
+        self.does("train --resume --out moved --device cpu")
         resumed = torch.load("moved/ddpm.pt", weights_only=True)
         for part in ("net", "ema"):
             assert_close(resumed[part], straight[part], rtol=0, atol=0)
@@ -352,6 +344,7 @@ class Training(Folder):
         self.assertEqual((flags, run["epoch"]), ({"cond": "none", "loss": "l1", "lr": 0.01}, 2))
         self.assertIn("--epochs 4 goes on", self.does("train --resume"))
         self.refuses("--width", "train --resume --epochs 3 --width 16")
+        self.refuses("--cond", "train --resume --epochs 3 --cond class")
         self.refuses("--resume", "train")  # a new run never overwrites another
         self.refuses("runs/fashion", "train --resume --dataset fashion")
 
@@ -448,7 +441,6 @@ class Drawing(Folder):
         images = self.small_images("--same-style --digit 4 4 4 --n 2")
         self.assertTrue(torch.equal(images[0, 0], images[0, 2]))
         self.assertFalse(torch.equal(images[0, 0], images[1, 0]))
-        self.small_images("--same-style --digit 4 --n 2")
 
     def test_forward_shows_each_digit_on_its_way_to_noise(self):
         self.does("forward --schedule linear --T 300 --gif")
@@ -460,11 +452,19 @@ class Drawing(Folder):
             self.assertGreater(len(row[:, 302:330].unique()), 100)
 
 class TheCommandLine(Folder):
-    def test_help_explains_every_flag(self):
-        for name in ("train", "sample", "forward"):
-            text = self.does(f"{name} --help")
-            for flag in re.findall(r"\[(--[a-z-]+)", text):
-                self.assertRegex(text, rf"\n  {flag}\b.*\s+.*\w\w+ \w+")
+    def test_every_flag_makes_a_difference(self):
+        flags = {"sample --steps 4": "--seed 1,--guidance 3,--sampler ddim,--steps 5",
+                 "forward": "--seed 1,--schedule linear,--T 9,--size 32",
+                 f"train {SMALL} --epochs 1": "--seed 1,--T 9,--schedule linear,--target eps,--amp,"
+                 "--timesteps uniform,--loss l1,--lr 1,--batch-size 5,--size 32,--cond none"}
+        for line in flags:
+            seen = set()
+            for i, flag in enumerate(["", *flags[line].split(",")], 1):
+                path = Path("new", line[:5].strip(), str(i))
+                self.does(f"{line} {flag} --out {path}")
+                text = path.read_bytes() if path.is_file() else (path / "log.csv").read_bytes()
+                seen.add(text.rpartition(b",")[0] or text)  # no time
+                self.assertEqual(len(seen), i, f"{line} {flag}")
 
     def test_bad_input_ends_in_one_line_and_changes_no_file(self):
         self.train("--epochs 1")
@@ -553,11 +553,11 @@ def train_classifier(images, labels, classes, path):
         optimizer.zero_grad()
         F.cross_entropy(net(images[index] / 127.5 - 1), labels[index]).backward()
         optimizer.step()
-    with contextlib.suppress(OSError):  # the folder may be read-only
+    with contextlib.suppress(OSError, RuntimeError):  # the folder may be read-only
         torch.save(net.state_dict(), path)
     return net
 
-def evaluate(ckpt="auto", n=1000, sampler="dpm", steps=20, guidance=1.25, data="data"):
+def evaluate(ckpt="auto", n=1000, sampler="dpm", steps=0, guidance=1.25, data="data"):
     """Print a table: accuracy, distance and score of n samples, and of real images."""
     net, alpha_bar, checkpoint = ddpm.load_net(ckpt)
     dataset = checkpoint["flags"]["dataset"]
