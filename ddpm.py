@@ -41,7 +41,7 @@ class UserError(ValueError):
 #     ᾱ_t = (1-β_1)·(1-β_2)·..·(1-β_t)
 # of the image's variance is left. All the noise together is a multiple of a normal eps:
 #     x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·eps.
-# In the code, ᾱ_t is alpha_bar[t]. alpha_bar[0] is 1: x_0 is the image, without noise.
+# In the code, ᾱ_t is alpha_bar[t]. alpha_bar[0] is 1: x_0 is the image.
 
 def linear_betas(T):
     """β from 1e-4 to 0.02 if T is 1000 (Ho et al. 2020). For another T, β is scaled by
@@ -300,7 +300,7 @@ def draw_timesteps(n, T, timesteps, device):
 
 @torch.no_grad()
 def update_average(ema, net, step):
-    """ema averages the last tenth of the steps, at most 1,000: it draws better."""
+    """ema averages net over a tenth of the steps, at most 1,000: it draws better."""
     for average, new in zip(ema.parameters(), net.parameters()):
         average.lerp_(new, max(0.001, 9 / (9 + step)))
 
@@ -496,7 +496,7 @@ FLAGS = {  # the meaning of each; its choices, its least value, or None
     "lr": ("highest learning rate", 0),
     "amp": ("compute in bfloat16", None),
     "seed": ("start of all random numbers", 0),
-    "resume": ("go on with the run in --out, by its flags but --data, --device", None),
+    "resume": ("go on in --out, by its flags (not --data, --device) and those given", None),
     "digit": ("classes of a row, if not all", None),
     "same_style": ("one handwriting a row (not by ddpm)", None),
     "n": ("images of each class", 1),
@@ -537,7 +537,7 @@ def main(argv=None):
             flags = run["flags"] | flags | {"out": out}
         for name, value in flags.items():
             least = FLAGS[name][1]
-            if isinstance(least, int) and not least <= value < 2**40:
+            if isinstance(least, int) and not least <= value < 1e12:
                 raise UserError(f"--{name.replace('_', '-')} {value} is out of range")
         Path(flags.get("out", "")).parent.mkdir(parents=True, exist_ok=True)
         function(**flags)

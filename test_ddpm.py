@@ -304,7 +304,7 @@ class PicturesAndData(Folder):
         path = Path("data/MNIST/raw/train-images-idx3-ubyte")
         for length in (5000, 10, 0):
             path.write_bytes(path.read_bytes()[:length])
-            self.refuses("README, No download", f"train {SMALL} --out x")
+            self.refuses("No download", f"train {SMALL} --out x")
         with mock.patch("torchvision.datasets.MNIST.mirrors", ["file:///nowhere/"]):
             self.refuses("Error downloading", "train --out x --data nowhere")
 
@@ -463,7 +463,7 @@ class TheCommandLine(Folder):
                 path = Path("new", line[:5].strip(), str(i))
                 self.does(f"{line} {flag} --out {path}")
                 text = path.read_bytes() if path.is_file() else (path / "log.csv").read_bytes()
-                seen.add(text.rpartition(b",")[0] or text)  # no time
+                seen.add(text.rpartition(b",")[0] or text)  # without time
                 self.assertEqual(len(seen), i, f"{line} {flag}")
 
     def test_bad_input_ends_in_one_line_and_changes_no_file(self):
