@@ -37,9 +37,9 @@ class UserError(ValueError):
 # ---- 1. The forward process: from an image to noise ----------------------------------
 # A schedule is T small numbers β_1..β_T. Step t mixes a little Gaussian noise z into x:
 #     x_t = √(1-β_t)·x_{t-1} + √β_t·z.
-# A step keeps 1-β_t of the variance of x, and adds β_t. After t steps,
+# A step keeps 1-β_t of the variance of x, and adds β_t: 1 stays 1. After t steps,
 #     ᾱ_t = (1-β_1)·(1-β_2)·..·(1-β_t)
-# of the image's variance is left. All the noise together is a multiple of a normal eps:
+# of it is image, 1-ᾱ_t noise. Sums of Gaussians are Gaussian: with a normal eps,
 #     x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·eps.
 # In the code, ᾱ_t is alpha_bar[t]. alpha_bar[0] is 1: x_0 is the image.
 
@@ -49,8 +49,8 @@ def linear_betas(T):
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
 
 def cosine_betas(T, s=0.008):
-    """ᾱ falls like cos² of t/T: images fade evenly (Nichol & Dhariwal 2021, eq. 17). s
-    keeps the first steps from being too small."""
+    """ᾱ falls like cos² of t/T: images fade evenly (Nichol & Dhariwal 2021, eq. 17). By
+    s, the first steps have noise enough to learn from."""
     u = torch.linspace(0, 1, T + 1, dtype=torch.float64)
     alpha_bar = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
     return 1 - alpha_bar[1:] / alpha_bar[:-1]
@@ -59,7 +59,7 @@ SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 
 def noise_schedule(name, T):
     """alpha_bar: ᾱ_t for t = 0..T, float32 (T+1,)."""
-    # The cosine's last β is 1: ᾱ_T would be 0. The linear ones pass 1 if T is below 20.
+    # β >= 1 would leave no image, or less: cosine's last, linear's if T is below 20.
     betas = SCHEDULES[name](T).clamp(max=0.999)
     return torch.cat([torch.ones(1), (1 - betas).cumprod(0)]).float()
 
@@ -88,7 +88,7 @@ def diffusion_loss(net, x0, y, t, eps, alpha_bar, target="v", loss="huber"):
     Images x0 and noise eps (B,C,H,W), labels y (B,), t (B,) in 1..T.
 
     The net always predicts v. If v is off by d, then by the formulas above eps is off by
-    √ᾱ·d and x0 by -√(1-ᾱ)·d. So comparing eps or x0 weighs d."""
+    √ᾱ·d and x0 by -√(1-ᾱ)·d. To compare those is to compare v, times these."""
     signal_rate, noise_rate = rates(alpha_bar, t)
     v = signal_rate * eps - noise_rate * x0
     v_hat = net(q_sample(x0, t, eps, alpha_bar), t, y).float()  # --amp makes it bfloat16
@@ -155,9 +155,9 @@ class UNet(nn.Module):
         self.up2 = ResBlock(2 * w + 2 * w, 2 * w, c_emb)  # 2w are the skip's
         self.up1 = ResBlock(2 * w + w, w, c_emb)  # w are the skip's
         self.norm = nn.GroupNorm(8, w)
-        self.unfold = nn.Conv2d(w, 4 * 8, 3, padding=1)  # 8 for each of 2x2 pixels
+        self.unfold = nn.Conv2d(w, 4 * 8, 3, padding=1)  # 8 channels a pixel
         self.last = nn.Conv2d(8 + channels, channels, 3, padding=1)
-        nn.init.zeros_(self.last.weight)  # at first, v is almost 0
+        nn.init.zeros_(self.last.weight)  # at first, v is the bias
 
     def forward(self, x, t, y):
         emb = F.silu(self.time(time_embedding(t, self.width)) + self.label(y + 1))
@@ -178,7 +178,7 @@ class UNet(nn.Module):
 # look again. Why not stop at the first prediction? Many images could be hidden in x_t, and
 # the net predicts about their mean, a blur. The less noise, the fewer images are possible.
 
-SAMPLERS = {"ddpm": math.inf, "ddim": 50, "dpm": 20}  # the steps each takes, T at most
+SAMPLERS = {"ddpm": math.inf, "ddim": 50, "dpm": 20}  # each one's steps; inf: all T
 
 def predict_x0(net, x, t, y, alpha_bar, guidance):
     """The images (B,C,H,W), in [-1,1], that the net sees in x = x_t. One t for all.
@@ -199,8 +199,8 @@ def predict_x0(net, x, t, y, alpha_bar, guidance):
 def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, seed=0):
     """Yield x_t (B,C,H,W), 1 + steps times, from noise to images of the labels y (B,).
 
-    Every sampler takes ddim's step (Song et al. 2021, eq. 12). dpm improves the x0 in it.
-    ddpm adds noise, drawn by seed, and with T steps is Ho et al.'s Algorithm 2."""
+    ddim splits x into image and noise, and mixes them anew (Song et al. 2021, eq. 12). dpm
+    improves the image. ddpm renews part of the noise: with T steps, Ho et al.'s Algorithm 2."""
     T = len(alpha_bar) - 1
     steps = min(T, steps or SAMPLERS[sampler])  # 0: the sampler's own
     ts = [T - (T * i) // steps for i in range(steps + 1)]  # from T down to 0
@@ -213,9 +213,9 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, see
     for t, t_next in zip(ts, ts[1:]):
         x0_hat = predict_x0(net, x, t, y, alpha_bar, guidance)
 
-        # dpm (DPM-Solver++, Lu et al. 2022, alg. 2): during a step the prediction would
-        # change, about linearly in λ. Its mean: the line through the last two x0_hat, at
-        # the middle of the step. The first, at T, has no x0_before. The last ends at λ = ∞.
+        # ddim takes x0_hat as constant in a step. dpm (DPM-Solver++, Lu et al. 2022, alg. 2)
+        # takes its value half-way, on the line through the last two: in λ, x0_hat moves
+        # about evenly. The first step has no x0_before. The last ends at λ = ∞.
         x0_step = x0_hat
         if sampler == "dpm" and t < T and t_next > 0:
             slope = (x0_hat - x0_before) / (lam[t] - lam[t_before])
@@ -223,9 +223,9 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, see
         x0_before = x0_hat
         t_before = t
 
-        # What x holds besides x0_step is noise. ddim keeps it. ddpm keeps a part, and
-        # draws the rest anew, of standard deviation sigma (Ho et al. eq. 7). In all, their
-        # variance, kept² + sigma², is that of the noise at t_next.
+        # What x holds besides x0_step is noise. ddim keeps it. ddpm draws a part anew: sigma
+        # is the spread of x at t_next if x at t and x0 are known (Ho et al. eq. 7). It keeps
+        # so much that kept² + sigma² is the noise's variance at t_next.
         eps_hat = (x - signal_rates[t] * x0_step) / noise_rates[t]
         sigma = 0.0
         if sampler == "ddpm":
@@ -235,7 +235,7 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, see
         kept = max(0.0, noise_rates[t_next] ** 2 - sigma ** 2) ** 0.5  # 0 if rounded below
 
         x = signal_rates[t_next] * x0_step + kept * eps_hat
-        if sigma:  # from the CPU: a seed's noise is the same everywhere
+        if sigma:  # from the CPU, by seed and t: the same everywhere
             rng = torch.Generator().manual_seed(1000 * seed + t)
             x = x + sigma * torch.randn(x.shape, generator=rng).to(x)
         yield x
@@ -290,27 +290,29 @@ def load_data(dataset, data, size=0, train=True):
 
 # ---- 7. Training ---------------------------------------------------------------------
 def draw_timesteps(n, T, timesteps, device):
-    """n steps t in 1..T, int64 (n,). Those in the middle teach most: if "logit-normal", t/T
-    is the sigmoid of a normal number, mean 0.5, std 1 (Esser et al. 2024)."""
+    """n steps t in 1..T, int64 (n,). "logit-normal" prefers the middle, which teaches most:
+    t/T is the sigmoid of a normal number, mean 0.5, std 1 (Esser et al. 2024)."""
     if timesteps == "logit-normal":
         u = torch.sigmoid(0.5 + torch.randn(n, device=device))
     else:
         u = torch.rand(n, device=device)
-    return 1 + (u * T).long().clamp(max=T - 1)  # u can be rounded to 1
+    return 1 + (u * T).long().clamp(max=T - 1)  # u·T may round up to T
 
 @torch.no_grad()
 def update_average(ema, net, step):
-    """ema averages net over a tenth of the steps, at most 1,000: it draws better."""
+    """ema averages net over about the last tenth of the steps, at most 1,000: less jitter."""
+    decay = min(0.999, step / (9 + step))
     for average, new in zip(ema.parameters(), net.parameters()):
-        average.lerp_(new, max(0.001, 9 / (9 + step)))
+        average.lerp_(new, 1 - decay)
 
 def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=1000,
           schedule="cosine", target="v", loss="huber", cond="class",
-          timesteps="logit-normal", width=32, epochs=10, batch_size=64, lr=3e-3, amp=False,
+          timesteps="logit-normal", width=32, epochs=10, batch_size=32, lr=3e-3, amp=False,
           seed=0, resume=False):
     """Learn to draw a data set."""
-    flags = {k: v for k, v in dict(locals()).items()  # all arguments but these
-             if k not in ("data", "out", "device", "resume")}
+    flags = dict(locals())  # all arguments but these
+    for name in ("data", "out", "device", "resume"):
+        del flags[name]
 
     path = Path(f"runs/{dataset}" if out == "auto" else out, "ddpm.pt")
     if path.exists() and not resume:
@@ -347,9 +349,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
     done = run["epoch"]
     step = done * per_epoch
     total = epochs * per_epoch
-    print(f"{len(images):,} images, {total:,} steps on {device}", flush=True)
-    if done >= epochs:
-        print(f"{done} epochs are done: --epochs {2 * done} goes on")
+    print(f"{len(images):,} images, step {step:,} of {total:,} on {device}", flush=True)
 
     for epoch in range(done + 1, epochs + 1):
         began = time.time()
@@ -378,7 +378,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
             update_average(ema, net, step)
             losses.append(batch_loss.detach())
 
-        # After each epoch: a line of loss, a checkpoint, a picture
+        # After each epoch: a line of loss, a checkpoint, fifty images
         mean = torch.stack(losses).mean().item()
         seconds = time.time() - began
         if not math.isfinite(mean):
@@ -389,7 +389,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
         torch.save(run, f"{path}.part")
         Path(f"{path}.part").replace(path)  # whole or not at all
         with open(path.with_name("log.csv"), "a") as log:
-            header = "" if log.tell() else "epoch,step,loss,seconds\n"
+            header = "epoch,step,loss,seconds\n" if log.tell() == 0 else ""
             log.write(f"{header}{epoch},{step},{mean:.6f},{seconds:.1f}\n")
         sample(path, device, digit=classes[:10], n=5 if classes else 50,
                out=path.with_name(f"epoch-{epoch:03}.png"))
@@ -402,7 +402,7 @@ def pick_device(name):
     try:
         return torch.zeros(1, device=name).device  # fails if there is none
     except Exception as error:
-        raise UserError(f"there is no device {name} here: {error!s:.99}") from error
+        raise UserError(f"there is no device {name} here: {str(error)[:99]}") from error
 
 def load_net(ckpt="auto", device="auto"):
     """A checkpoint's averaged net, its alpha_bar, and the checkpoint. "auto" is
@@ -412,7 +412,7 @@ def load_net(ckpt="auto", device="auto"):
         ckpt = own if own.exists() else Path(__file__).parent / "assets/mnist.pt"
         print(f"the net is {ckpt}", flush=True)
     try:
-        checkpoint = torch.load(ckpt, map_location="cpu", weights_only=True)  # no code runs
+        checkpoint = torch.load(ckpt, map_location="cpu", weights_only=True)  # no pickled code
         flags = checkpoint["flags"]
         alpha_bar = noise_schedule(flags["schedule"], flags["T"])
         net = UNet(checkpoint["shape"][0], len(checkpoint["classes"]), flags["width"])
@@ -445,7 +445,7 @@ def sample(ckpt="auto", device="auto", seed=0, digit=(), same_style=False, n=1,
     noise = noise.flatten(0, 1).to(y.device)
 
     def net_in_parts(*inputs):  # 250 images at a time: less memory
-        parts = zip(*[part.split(250) for part in inputs])
+        parts = zip(*[tensor.split(250) for tensor in inputs])
         return torch.cat([net(*part) for part in parts])
 
     steps = min(steps or SAMPLERS[sampler], len(alpha_bar) - 1)
