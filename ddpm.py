@@ -37,10 +37,10 @@ class UserError(ValueError):
 # ---- 1. The forward process: from an image to noise ----------------------------------
 # A schedule is T small numbers β_1..β_T. Step t mixes a little Gaussian noise z into x:
 #     x_t = √(1-β_t)·x_{t-1} + √β_t·z.
-# A step keeps 1-β_t of the variance of x, and adds β_t: 1 stays 1. After t steps,
+# A step keeps 1-β_t of the variance of x, and adds β_t: so 1 stays 1. After t steps,
 #     ᾱ_t = (1-β_1)·(1-β_2)·..·(1-β_t)
-# of it is image, 1-ᾱ_t noise. Sums of Gaussians are Gaussian: with a normal eps,
-#     x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·eps.
+# of the image's variance is left. The noise has 1-ᾱ_t, and is Gaussian as its parts:
+#     x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·eps, eps normal.
 # In the code, ᾱ_t is alpha_bar[t]. alpha_bar[0] is 1: x_0 is the image.
 
 def linear_betas(T):
@@ -300,7 +300,7 @@ def draw_timesteps(n, T, timesteps, device):
 
 @torch.no_grad()
 def update_average(ema, net, step):
-    """ema averages net over about the last tenth of the steps, at most 1,000: less jitter."""
+    """ema follows net without its jitter: it averages a tenth of the steps, at most 1,000."""
     decay = min(0.999, step / (9 + step))
     for average, new in zip(ema.parameters(), net.parameters()):
         average.lerp_(new, 1 - decay)
@@ -378,7 +378,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
             update_average(ema, net, step)
             losses.append(batch_loss.detach())
 
-        # After each epoch: a line of loss, a checkpoint, fifty images
+        # After each epoch: a line of loss, a checkpoint, a picture
         mean = torch.stack(losses).mean().item()
         seconds = time.time() - began
         if not math.isfinite(mean):
