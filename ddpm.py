@@ -10,7 +10,7 @@
 
 One file, to be read from top to bottom. Noise is mixed into images (section 1). A network
 learns to split a noisy image into its image and its noise (2, 3). With it, pure noise is
-turned into an image, step by step (4). The rest makes this a tool. Ho et al.'s choices:
+turned into an image, step by step (4). The rest is a tool. As Ho et al. did, but for the net:
 
     python ddpm.py train --cond none --schedule linear --target eps --loss l2 --timesteps uniform
     python ddpm.py sample --sampler ddpm
@@ -37,9 +37,9 @@ class UserError(ValueError):
 # ---- 1. The forward process: from an image to noise ----------------------------------
 # A schedule is T small numbers β_1..β_T. Step t mixes a little Gaussian noise z into x:
 #     x_t = √(1-β_t)·x_{t-1} + √β_t·z.
-# A step keeps 1-β_t of the variance of x, and adds β_t: so 1 stays 1. After t steps,
+# A step keeps 1-β_t of x's variance and adds β_t: a variance of 1 stays 1. After t steps,
 #     ᾱ_t = (1-β_1)·(1-β_2)·..·(1-β_t)
-# of the image's variance is left. The noise has 1-ᾱ_t, and is Gaussian as its parts:
+# of the image's variance is left. The noise has 1-ᾱ_t, and is Gaussian, like its parts:
 #     x_t = √ᾱ_t·x0 + √(1-ᾱ_t)·eps, eps normal.
 # In the code, ᾱ_t is alpha_bar[t]. alpha_bar[0] is 1: x_0 is the image.
 
@@ -52,14 +52,14 @@ def cosine_betas(T, s=0.008):
     """ᾱ falls like cos² of t/T: images fade evenly (Nichol & Dhariwal 2021, eq. 17). By
     s, the first steps have noise enough to learn from."""
     u = torch.linspace(0, 1, T + 1, dtype=torch.float64)
-    alpha_bar = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
-    return 1 - alpha_bar[1:] / alpha_bar[:-1]
+    f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
+    return 1 - f[1:] / f[:-1]
 
 SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
 
 def noise_schedule(name, T):
     """alpha_bar: ᾱ_t for t = 0..T, float32 (T+1,)."""
-    # β >= 1 would leave no image, or less: cosine's last, linear's if T is below 20.
+    # β = 1 would leave no image: cosine's last would be 1, linear's too if T <= 20.
     betas = SCHEDULES[name](T).clamp(max=0.999)
     return torch.cat([torch.ones(1), (1 - betas).cumprod(0)]).float()
 
@@ -88,7 +88,7 @@ def diffusion_loss(net, x0, y, t, eps, alpha_bar, target="v", loss="huber"):
     Images x0 and noise eps (B,C,H,W), labels y (B,), t (B,) in 1..T.
 
     The net always predicts v. If v is off by d, then by the formulas above eps is off by
-    √ᾱ·d and x0 by -√(1-ᾱ)·d. To compare those is to compare v, times these."""
+    √ᾱ·d and x0 by -√(1-ᾱ)·d. So each loss compares v, times a factor of any sign."""
     signal_rate, noise_rate = rates(alpha_bar, t)
     v = signal_rate * eps - noise_rate * x0
     v_hat = net(q_sample(x0, t, eps, alpha_bar), t, y).float()  # --amp makes it bfloat16
@@ -96,9 +96,9 @@ def diffusion_loss(net, x0, y, t, eps, alpha_bar, target="v", loss="huber"):
     return LOSSES[loss](weight * v_hat, weight * v)
 
 # ---- 3. The network: a U-Net ---------------------------------------------------------
-# The image is halved twice: first each 2x2 pixels become one pixel of 4 channels (fast on a
-# CPU), then by a convolution. It is doubled twice. On the way up, each size also gets what
-# the way down had at that size, by a "skip" (Ronneberger et al. 2015).
+# The image is halved twice: first each 2x2 pixels become one, of 4 times the channels
+# (fast on a CPU), then by a convolution. It is doubled twice. On the way up, each size also
+# gets what the way down had there, by a "skip" (Ronneberger et al. 2015).
 
 NULL = -1  # the label that says "no label"
 
@@ -109,7 +109,7 @@ def time_embedding(t, dim):
 
 class ResBlock(nn.Module):
     """x (B,c_in,H,W) -> (B,c_out,H,W): two convolutions add something to x. In between, emb
-    (B,c_emb), of time and label, scales and shifts it (Dhariwal & Nichol 2021, sec. 3)."""
+    (B,c_emb), of time and label, scales and shifts h (Dhariwal & Nichol 2021, sec. 3)."""
     def __init__(self, c_in, c_out, c_emb):
         super().__init__()
         self.norm1 = nn.GroupNorm(8, c_in)
@@ -206,7 +206,7 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, see
     ts = [T - (T * i) // steps for i in range(steps + 1)]  # from T down to 0
     signal_rates = alpha_bar.sqrt().tolist()  # plain numbers, for all t
     noise_rates = (1 - alpha_bar).sqrt().tolist()
-    lam = (alpha_bar.logit() / 2).tolist()  # λ = log √(ᾱ/(1-ᾱ))
+    lam = (alpha_bar.logit() / 2).tolist()  # λ = log √ᾱ/√(1-ᾱ): image over noise
 
     x = noise
     yield x
@@ -214,7 +214,7 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, see
         x0_hat = predict_x0(net, x, t, y, alpha_bar, guidance)
 
         # ddim takes x0_hat as constant in a step. dpm (DPM-Solver++, Lu et al. 2022, alg. 2)
-        # takes its value half-way, on the line through the last two: in λ, x0_hat moves
+        # takes its value half-way in λ, on the line through the last two: there, x0_hat moves
         # about evenly. The first step has no x0_before. The last ends at λ = ∞.
         x0_step = x0_hat
         if sampler == "dpm" and t < T and t_next > 0:
@@ -229,7 +229,7 @@ def generate(net, y, noise, alpha_bar, sampler="dpm", steps=0, guidance=1.0, see
         eps_hat = (x - signal_rates[t] * x0_step) / noise_rates[t]
         sigma = 0.0
         if sampler == "ddpm":
-            # The β of one forward step, t_next to t
+            # β of one step from t_next to t
             beta = 1 - (signal_rates[t] / signal_rates[t_next]) ** 2
             sigma = noise_rates[t_next] / noise_rates[t] * beta ** 0.5
         kept = max(0.0, noise_rates[t_next] ** 2 - sigma ** 2) ** 0.5  # 0 if rounded below
@@ -300,7 +300,7 @@ def draw_timesteps(n, T, timesteps, device):
 
 @torch.no_grad()
 def update_average(ema, net, step):
-    """ema follows net without its jitter: it averages a tenth of the steps, at most 1,000."""
+    """ema follows net without its jitter: it averages about the last tenth of the steps."""
     decay = min(0.999, step / (9 + step))
     for average, new in zip(ema.parameters(), net.parameters()):
         average.lerp_(new, 1 - decay)
@@ -310,10 +310,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
           timesteps="logit-normal", width=32, epochs=10, batch_size=32, lr=3e-3, amp=False,
           seed=0, resume=False):
     """Learn to draw a data set."""
-    flags = dict(locals())  # all arguments but these
-    for name in ("data", "out", "device", "resume"):
-        del flags[name]
-
+    flags = dict(locals()) | {"data": str(data), "out": str(out)}  # all arguments
     path = Path(f"runs/{dataset}" if out == "auto" else out, "ddpm.pt")
     if path.exists() and not resume:
         raise UserError(f"{path} exists: go on by --resume, or name another --out")
@@ -324,6 +321,7 @@ def train(dataset="mnist", data="data", size=0, out="auto", device="auto", T=100
     print(f"reading {dataset} in {data}", flush=True)
     images, labels, classes = load_data(dataset, data, size)
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name("log.csv").touch()  # fails now if read-only
     if cond == "none":
         labels = torch.full_like(labels, NULL)
         classes = []
@@ -433,7 +431,7 @@ def sample(ckpt="auto", device="auto", seed=0, digit=(), same_style=False, n=1,
             raise UserError(f"no class {name}: there are {', '.join(classes) or 'none'}")
 
     # n rows, an image of each class in each. A single class, or none: ten a row.
-    row = [classes.index(str(name)) for name in digit or classes] or [NULL]
+    row = [classes.index(str(name)) for name in (digit or classes)] or [NULL]
     y = torch.tensor(row * n, device=alpha_bar.device)
     columns = len(row) if len(row) > 1 else 10
 
@@ -456,10 +454,11 @@ def sample(ckpt="auto", device="auto", seed=0, digit=(), same_style=False, n=1,
         if gif and i % math.ceil(steps / 40) == 0:
             frames.append(to_uint8(x))
     images = to_uint8(x)  # of the last state
-    grid(images, columns).save(out, "PNG")
+    out = Path(out).with_suffix(".png")
+    grid(images, columns).save(out)
     print(out, flush=True)
     if gif:
-        save_gif(Path(out).with_suffix(".gif"), [*frames, images], columns)
+        save_gif(out.with_suffix(".gif"), [*frames, images], columns)
 
 def forward(dataset="mnist", data="data", size=0, schedule="cosine", T=1000, seed=0,
             out="noise.png", gif=False):
@@ -471,10 +470,11 @@ def forward(dataset="mnist", data="data", size=0, schedule="cosine", T=1000, see
     ts = torch.linspace(0, T, 41).round().long()
     frames = [to_uint8(q_sample(x0, t[None], eps, alpha_bar)) for t in ts]
     rows = torch.stack(frames[::4], dim=1)  # (classes, 11, C, H, W): t = 0, T/10, .. T
-    grid(rows.flatten(0, 1), 11).save(out, "PNG")
+    out = Path(out).with_suffix(".png")
+    grid(rows.flatten(0, 1), 11).save(out)
     print(out, flush=True)
     if gif:
-        save_gif(Path(out).with_suffix(".gif"), frames, 5)
+        save_gif(out.with_suffix(".gif"), frames, 5)
 
 # ---- 9. The command line: each command is a function, with its arguments as flags ----
 FLAGS = {  # the meaning of each; its choices, its least value, or None
@@ -496,7 +496,7 @@ FLAGS = {  # the meaning of each; its choices, its least value, or None
     "lr": ("highest learning rate", 0),
     "amp": ("compute in bfloat16", None),
     "seed": ("start of all random numbers", 0),
-    "resume": ("go on in --out, by its flags (not --data, --device) and those given", None),
+    "resume": ("go on in --out, by its flags and those given now", None),
     "digit": ("classes of a row, if not all", None),
     "same_style": ("one handwriting a row (not by ddpm)", None),
     "n": ("images of each class", 1),
@@ -507,7 +507,7 @@ FLAGS = {  # the meaning of each; its choices, its least value, or None
 }
 
 def main(argv=None):
-    """Run a command line. Only flags that are given are passed on."""
+    """Run a command line. Only given flags are passed on."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -331,7 +331,7 @@ class Training(Folder):
             status, out, err = self.run_main(f"train {SMALL} --epochs 3 --T 9 --seed 5 --out run")
         self.assertEqual(str(status).strip(), "stopped")
         os.rename("run", "moved")
-        self.does("train --resume --out moved --device cpu")
+        self.does("train --resume --out moved")
         resumed = torch.load("moved/ddpm.pt", weights_only=True)
         for part in ("net", "ema"):
             assert_close(resumed[part], straight[part], rtol=0, atol=0)
@@ -443,7 +443,7 @@ class Drawing(Folder):
         self.assertFalse(torch.equal(images[0, 0], images[1, 0]))
 
     def test_forward_shows_each_digit_on_its_way_to_noise(self):
-        self.does("forward --schedule linear --T 300 --gif")
+        self.does("forward --schedule linear --T 300 --gif --out noise.gif")
         sheet = pil_to_tensor(Image.open("noise.png"))[0]
         small = sheet[::sheet.shape[1] // 332, ::sheet.shape[1] // 332]
         for k in range(10):
@@ -460,7 +460,7 @@ class TheCommandLine(Folder):
         for line in flags:
             seen = set()
             for i, flag in enumerate(["", *flags[line].split(",")], 1):
-                path = Path("new", line[:5].strip(), str(i))
+                path = Path("new", line[:5].strip(), f"{i}.png")
                 self.does(f"{line} {flag} --out {path}")
                 text = path.read_bytes() if path.is_file() else (path / "log.csv").read_bytes()
                 seen.add(text.rpartition(b",")[0] or text)  # without time
@@ -475,7 +475,7 @@ class TheCommandLine(Folder):
             self.refuses(flag.split()[0].strip("-"), f"train {SMALL} --out x {flag}")
         for flag in ("--guidance nan", "--n 0", "--steps -1", "--sampler euler"):
             self.refuses(flag.split()[0].strip("-"), f"sample {flag}")
-        for line in (f"train {SMALL} --out file/run", "sample --steps 2 --out runs"):
+        for line in (f"train {SMALL} --out file/run", "sample --out file/a"):
             self.refuses(line.split()[-1][:4], line)
 
     def test_a_run_in_a_process_speaks_at_once_and_stops_at_a_signal(self):
